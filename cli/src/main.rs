@@ -1,0 +1,3 @@
+//! The mvm command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Virtual hardware: rings, virtio devices, PCI functions, serial.

@@ -1,0 +1,1 @@
+//! Exactly what crosses the vsock between host and agent.

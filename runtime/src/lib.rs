@@ -1,0 +1,1 @@
+//! A container becomes a machine: images, layers, rootfs, network, VM lifecycle, agent client.

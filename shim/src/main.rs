@@ -1,0 +1,3 @@
+//! containerd's runtime io.containerd.mvm.v2.
+
+fn main() {}

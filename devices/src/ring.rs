@@ -1,0 +1,404 @@
+//! One split virtqueue as a device uses it (VIRTIO 1.2 §2.7): the only code that touches ring memory.
+//!
+//! The ring owns the etiquette, decided once for every device. A chain that makes no sense is given back
+//! with length 0 and counted. A ring that makes no sense is an error: the device asks for a reset. No
+//! driver input can end, hang or grow the process: each call handles at most one queue's worth of chains.
+
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
+
+use crate::chain::{Chain, Segment, Table};
+use crate::counter::Counter;
+use crate::error::{ChainError, Error, RingError};
+use crate::interrupt::Interrupt;
+use crate::memory::{Address, Bytes, GuestAddress, Memory};
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver asks not to be notified (a hint, without `EVENT_IDX`).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Offset of the index in both rings, and of the first entry.
+const INDEX_OFFSET: u64 = 2;
+const ENTRIES_OFFSET: u64 = 4;
+
+/// A queue's registers as the driver programmed them, and where the rings stood when they were saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingState {
+    /// Entries, a power of two.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the available ring.
+    pub available: u64,
+    /// Guest address of the used ring.
+    pub used: u64,
+    /// Next available entry the device reads.
+    pub next_available: u16,
+    /// Next used entry the device writes.
+    pub next_used: u16,
+}
+
+/// What the driver agreed to that changes how rings work, and the queue's name in errors.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RingOptions {
+    /// Queue number within its device.
+    pub index: u16,
+    /// Largest size that was offered.
+    pub max_size: u16,
+    /// `VIRTIO_F_RING_EVENT_IDX` was accepted.
+    pub event_idx: bool,
+    /// `VIRTIO_F_INDIRECT_DESC` was accepted.
+    pub indirect: bool,
+}
+
+/// Counts a ring keeps; shared, so that they outlive resets.
+#[derive(Clone, Debug)]
+pub struct RingCounters {
+    /// Chains handed to the device.
+    pub chains: Arc<Counter>,
+    /// Chains given back because they made no sense.
+    pub refused: Arc<Counter>,
+    /// Notifications sent to the driver.
+    pub interrupts: Arc<Counter>,
+}
+
+impl Default for RingCounters {
+    fn default() -> Self {
+        Self {
+            chains: Counter::new("chains"),
+            refused: Counter::new("chains_refused"),
+            interrupts: Counter::new("interrupts"),
+        }
+    }
+}
+
+/// When [`Ring::serve`] tells the driver: after each chain (a slow back end) or once it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notify {
+    /// After every chain: the driver goes on while the next is worked at.
+    Each,
+    /// Once, at the end of the batch.
+    Batch,
+}
+
+/// Why [`Ring::serve`] stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Served {
+    /// The driver has posted nothing more and will kick when it does.
+    All,
+    /// A full queue's worth was handled and more waits: come back after the other devices had a turn.
+    More,
+}
+
+/// A live queue: validated, placed in guest memory, in use by one device on one thread.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    options: RingOptions,
+    memory: Arc<Memory>,
+    /// One flag per head: the device has it and has not given it back.
+    in_flight: Vec<bool>,
+    /// Used entries written but not yet shown to the driver.
+    staged: Wrapping<u16>,
+    /// Used index when the driver was last considered for a notification.
+    considered: Wrapping<u16>,
+    /// Segment buffers for reuse, so that the steady state allocates nothing.
+    spare: Vec<Vec<Segment>>,
+    counters: RingCounters,
+}
+
+impl Ring {
+    /// Takes a validated copy of the registers: what the driver writes to them later changes nothing here.
+    ///
+    /// # Errors
+    /// [`RingError::Size`] and [`RingError::Placement`] when the rings cannot be used.
+    pub fn new(
+        state: RingState,
+        options: RingOptions,
+        memory: Arc<Memory>,
+        counters: RingCounters,
+    ) -> Result<Self, Error> {
+        let fail = |cause| Error::Ring { ring: options.index, cause };
+        let mut queue = Queue::new(options.max_size).map_err(|_| fail(RingError::Size))?;
+        queue.try_set_size(state.size).map_err(|_| fail(RingError::Size))?;
+        queue
+            .try_set_desc_table_address(GuestAddress(state.descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(state.available)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(state.used)))
+            .map_err(|_| fail(RingError::Placement))?;
+        queue.set_event_idx(options.event_idx);
+        queue.set_next_avail(state.next_available);
+        queue.set_next_used(state.next_used);
+        queue.set_ready(true);
+        if rings_overlap(&state) || !queue.is_valid(memory.as_ref()) {
+            return Err(fail(RingError::Placement));
+        }
+        Ok(Self {
+            in_flight: vec![false; state.size.into()],
+            staged: Wrapping(0),
+            considered: Wrapping(state.next_used),
+            spare: Vec::new(),
+            queue,
+            options,
+            memory,
+            counters,
+        })
+    }
+
+    /// Registers and positions, to build the same ring again. Nothing may be in flight.
+    pub fn state(&self) -> RingState {
+        RingState {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// The guest memory this ring lives in.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// The next chain the driver posted, checked as a whole. Chains that make no sense are given back on
+    /// the way, at most one queue's worth.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the available ring itself is broken.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Error> {
+        let index = self.available_index()?;
+        while self.queue.next_avail() != index.0 {
+            let head = self.next_head()?;
+            let table = Table {
+                address: GuestAddress(self.queue.desc_table()),
+                size: self.queue.size(),
+                indirect: self.options.indirect,
+            };
+            let segments = self.spare.pop().unwrap_or_default();
+            match Chain::walk(&self.memory, table, head, segments) {
+                Ok(chain) => {
+                    self.counters.chains.one();
+                    return Ok(Some(chain));
+                }
+                Err((error, segments)) => {
+                    self.spare.push(segments);
+                    self.refuse(error);
+                    self.stage(head, 0)?;
+                    self.publish()?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Puts the chain popped last back, as if it had not been looked at.
+    pub fn undo(&mut self, chain: Chain) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        self.release(chain);
+    }
+
+    /// Writes a used entry for `chain` without showing it yet, so that several can appear at once.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the used ring cannot be written.
+    pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), Error> {
+        self.stage(chain.head(), written)?;
+        self.release(chain);
+        Ok(())
+    }
+
+    /// Shows the driver all completed chains: one store of the used index.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the used ring cannot be written.
+    pub fn publish(&mut self) -> Result<(), Error> {
+        let next = Wrapping(self.queue.next_used()) + self.staged;
+        self.staged = Wrapping(0);
+        self.queue.set_next_used(next.0);
+        let address = self.offset(self.queue.used_ring(), INDEX_OFFSET)?;
+        self.memory
+            .store(next.0.to_le(), address, Ordering::Release)
+            .map_err(|_| self.broken(RingError::Placement))
+    }
+
+    /// Notifies the driver if it wants to know of what was published since the last call (§2.7.7.2).
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the available ring cannot be read.
+    pub fn notify(&mut self, interrupt: &dyn Interrupt) -> Result<(), Error> {
+        let new = Wrapping(self.queue.next_used());
+        let old = std::mem::replace(&mut self.considered, new);
+        if new == old {
+            return Ok(());
+        }
+        // The used index must be visible before the driver's wish is read, or both sides could wait.
+        fence(Ordering::SeqCst);
+        let wanted = if self.options.event_idx {
+            let event = self.load(self.queue.avail_ring(), self.entry_offset(self.queue.size(), 2))?;
+            crosses_event(Wrapping(event), new, old)
+        } else {
+            self.load(self.queue.avail_ring(), 0)? & AVAIL_NO_INTERRUPT == 0
+        };
+        if wanted {
+            self.counters.interrupts.one();
+            interrupt.queue(self.options.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for a kick on its next post. `true` if it has posted something already: look again.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when ring memory cannot be accessed.
+    pub fn enable_kicks(&mut self) -> Result<bool, Error> {
+        self.queue.enable_notification(self.memory.as_ref()).map_err(|_| self.broken(RingError::Placement))
+    }
+
+    /// Tells the driver that kicks are not needed for now (a hint).
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when ring memory cannot be accessed.
+    pub fn disable_kicks(&mut self) -> Result<(), Error> {
+        self.queue.disable_notification(self.memory.as_ref()).map_err(|_| self.broken(RingError::Placement))
+    }
+
+    /// Hands every posted chain to `device`, gives each back with the length it returns, and notifies.
+    ///
+    /// [`Error::Chain`] from `device` refuses that one chain; any other error ends the turn and is
+    /// returned, with its chain given back.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] for a broken ring, or what `device` returned.
+    pub fn serve(
+        &mut self,
+        interrupt: &dyn Interrupt,
+        notify: Notify,
+        mut device: impl FnMut(&Chain) -> Result<u32, Error>,
+    ) -> Result<Served, Error> {
+        self.disable_kicks()?;
+        for _ in 0..self.queue.size() {
+            let Some(chain) = self.pop()? else {
+                self.notify(interrupt)?;
+                if self.enable_kicks()? {
+                    continue;
+                }
+                return Ok(Served::All);
+            };
+            let answer = device(&chain);
+            let written = match &answer {
+                Ok(written) => *written,
+                Err(Error::Chain(error)) => {
+                    self.refuse(*error);
+                    0
+                }
+                Err(_) => 0,
+            };
+            self.complete(chain, written)?;
+            self.publish()?;
+            if notify == Notify::Each || matches!(answer, Err(Error::Ring { .. } | Error::Device { .. })) {
+                self.notify(interrupt)?;
+            }
+            if let Err(error @ (Error::Ring { .. } | Error::Device { .. })) = answer {
+                return Err(error);
+            }
+        }
+        self.notify(interrupt)?;
+        Ok(Served::More)
+    }
+
+    /// Counts and logs a chain that made no sense; the caller gives it back with length 0.
+    pub fn refuse(&self, error: ChainError) {
+        self.counters.refused.one();
+        log::warn!("queue {}: gave a chain back unused: {error}", self.options.index);
+    }
+
+    fn available_index(&self) -> Result<Wrapping<u16>, Error> {
+        let index = self
+            .queue
+            .avail_idx(self.memory.as_ref(), Ordering::Acquire)
+            .map_err(|_| self.broken(RingError::Placement))?;
+        let posted = index - Wrapping(self.queue.next_avail());
+        if posted.0 > self.queue.size() {
+            return Err(self.broken(RingError::AvailIndex));
+        }
+        Ok(index)
+    }
+
+    /// Reads the next entry of the available ring and marks its head as in flight.
+    fn next_head(&mut self) -> Result<u16, Error> {
+        let slot = self.queue.next_avail().checked_rem(self.queue.size()).unwrap_or(0);
+        let head = self.load(self.queue.avail_ring(), self.entry_offset(slot, 2))?;
+        match self.in_flight.get_mut(usize::from(head)) {
+            None => return Err(self.broken(RingError::Head(head))),
+            Some(flag) if *flag => return Err(self.broken(RingError::InFlight(head))),
+            Some(flag) => *flag = true,
+        }
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_add(1));
+        Ok(head)
+    }
+
+    /// Writes the used entry after those already staged and marks the head as given back.
+    fn stage(&mut self, head: u16, written: u32) -> Result<(), Error> {
+        let at = Wrapping(self.queue.next_used()) + self.staged;
+        let slot = at.0.checked_rem(self.queue.size()).unwrap_or(0);
+        let address = self.offset(self.queue.used_ring(), self.entry_offset(slot, 8))?;
+        // Entry: le32 id, le32 len, as one 8-byte value.
+        let entry = (u64::from(written) << 32) | u64::from(head);
+        self.memory.write_obj(entry.to_le(), address).map_err(|_| self.broken(RingError::Placement))?;
+        self.staged += 1;
+        if let Some(flag) = self.in_flight.get_mut(usize::from(head)) {
+            *flag = false;
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, chain: Chain) {
+        if let Some(flag) = self.in_flight.get_mut(usize::from(chain.head())) {
+            *flag = false;
+        }
+        self.spare.push(chain.into_segments());
+    }
+
+    fn load(&self, ring: u64, offset: u64) -> Result<u16, Error> {
+        let address = self.offset(ring, offset)?;
+        let value: u16 =
+            self.memory.load(address, Ordering::Acquire).map_err(|_| self.broken(RingError::Placement))?;
+        Ok(u16::from_le(value))
+    }
+
+    fn entry_offset(&self, slot: u16, entry_size: u64) -> u64 {
+        // At most 4 + 32768 * 8.
+        ENTRIES_OFFSET.saturating_add(u64::from(slot).saturating_mul(entry_size))
+    }
+
+    fn offset(&self, ring: u64, offset: u64) -> Result<GuestAddress, Error> {
+        GuestAddress(ring).checked_add(offset).ok_or_else(|| self.broken(RingError::Placement))
+    }
+
+    fn broken(&self, cause: RingError) -> Error {
+        Error::Ring { ring: self.options.index, cause }
+    }
+}
+
+/// Whether moving the used index from `old` to `new` passes the entry the driver waits for (§2.7.7.2).
+pub fn crosses_event(event: Wrapping<u16>, new: Wrapping<u16>, old: Wrapping<u16>) -> bool {
+    new - event - Wrapping(1) < new - old
+}
+
+/// The three areas of a queue must not share a byte: the device writes one of them.
+fn rings_overlap(state: &RingState) -> bool {
+    let size = u64::from(state.size);
+    let area = |start: u64, per_entry: u64, extra: u64| {
+        (start, start.saturating_add(size.saturating_mul(per_entry)).saturating_add(extra))
+    };
+    let table = area(state.descriptors, 16, 0);
+    let available = area(state.available, 2, 6);
+    let used = area(state.used, 8, 6);
+    let overlap = |a: (u64, u64), b: (u64, u64)| a.0 < b.1 && b.0 < a.1;
+    overlap(table, available) || overlap(table, used) || overlap(available, used)
+}

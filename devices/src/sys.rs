@@ -1,0 +1,154 @@
+//! System calls on guest buffers: scatter-gather I/O straight into a chain, and host entropy.
+//!
+//! The one place where guest memory meets raw pointers.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::chain::Cursor;
+use crate::memory::VolatileSlice;
+
+/// Buffers of one system call; longer requests take several.
+const MAX_BUFFERS: usize = 64;
+
+/// A few buffers of guest memory in the form `readv` and its kin take.
+struct Buffers<'a> {
+    list: [libc::iovec; MAX_BUFFERS],
+    count: usize,
+    bytes: usize,
+    memory: PhantomData<&'a ()>,
+}
+
+impl<'a> Buffers<'a> {
+    /// The next buffers of `cursor`, up to `max` bytes.
+    fn gather(cursor: &Cursor<'a>, max: u32) -> Self {
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let mut buffers = Self { list: [empty; MAX_BUFFERS], count: 0, bytes: 0, memory: PhantomData };
+        for (place, slice) in buffers.list.iter_mut().zip(cursor.slices(max)) {
+            *place = iovec(&slice);
+            buffers.count = buffers.count.saturating_add(1);
+            buffers.bytes = buffers.bytes.saturating_add(slice.len());
+        }
+        buffers
+    }
+
+    fn count(&self) -> libc::c_int {
+        libc::c_int::try_from(self.count).unwrap_or(0)
+    }
+}
+
+fn iovec(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
+}
+
+/// Reads up to `len` bytes of `file` at `offset` into `to`, until it is full or the file ends.
+/// Returns the bytes read; `to` moved past them.
+///
+/// # Errors
+/// The host's reason; what was read before it stays counted in `to`.
+pub fn read_at(file: BorrowedFd<'_>, to: &mut Cursor<'_>, len: u32, offset: u64) -> io::Result<u32> {
+    transfer_at(to, len, offset, |buffers, at| {
+        // SAFETY: each iovec names bytes inside a mapped guest region that outlives the call (the cursor
+        // borrows it); guest memory may change under the kernel, which only affects the bytes' values.
+        unsafe { libc::preadv(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count(), at) }
+    })
+}
+
+/// Writes up to `len` bytes from `from` to `file` at `offset`. Returns the bytes written; fewer than
+/// `len` only if `from` or the file ended.
+///
+/// # Errors
+/// The host's reason; what was written before it stays counted in `from`.
+pub fn write_at(file: BorrowedFd<'_>, from: &mut Cursor<'_>, len: u32, offset: u64) -> io::Result<u32> {
+    transfer_at(from, len, offset, |buffers, at| {
+        // SAFETY: as in `read_at`; the kernel only reads these bytes.
+        unsafe { libc::pwritev(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count(), at) }
+    })
+}
+
+/// Reads once, whatever is there, into the front of `to` (at most `max` bytes); moves `to` past it.
+///
+/// # Errors
+/// The host's reason; `WouldBlock` when nothing is there.
+pub fn read_some(file: BorrowedFd<'_>, to: &mut Cursor<'_>, max: u32) -> io::Result<u32> {
+    let buffers = Buffers::gather(to, max);
+    let done = retry(|| {
+        // SAFETY: as in `read_at`.
+        unsafe { libc::readv(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count()) }
+    })?;
+    advance(to, done)
+}
+
+/// Writes once, as much as the file takes, from the front of `from` (at most `max` bytes); moves `from`
+/// past it.
+///
+/// # Errors
+/// The host's reason; `WouldBlock` when nothing can be taken.
+pub fn write_some(file: BorrowedFd<'_>, from: &mut Cursor<'_>, max: u32) -> io::Result<u32> {
+    let buffers = Buffers::gather(from, max);
+    let done = retry(|| {
+        // SAFETY: as in `write_at`.
+        unsafe { libc::writev(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count()) }
+    })?;
+    advance(from, done)
+}
+
+/// Fills `bytes` from the host's entropy pool.
+///
+/// # Errors
+/// The host's reason; never returns fewer bytes as success.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        // SAFETY: pointer and length are of the same exclusive slice.
+        let done = retry(|| unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) })?;
+        rest = rest.get_mut(done..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+fn transfer_at(
+    cursor: &mut Cursor<'_>,
+    len: u32,
+    offset: u64,
+    call: impl Fn(&Buffers<'_>, libc::off_t) -> libc::ssize_t,
+) -> io::Result<u32> {
+    let mut total = 0u32;
+    while total < len {
+        let buffers = Buffers::gather(cursor, len.saturating_sub(total));
+        if buffers.count == 0 {
+            break;
+        }
+        let at = offset.checked_add(total.into()).and_then(|at| libc::off_t::try_from(at).ok());
+        let at = at.ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let done = advance(cursor, retry(|| call(&buffers, at))?)?;
+        if done == 0 {
+            break;
+        }
+        total = total.saturating_add(done);
+    }
+    Ok(total)
+}
+
+fn advance(cursor: &mut Cursor<'_>, done: usize) -> io::Result<u32> {
+    // The kernel never reports more than the buffers hold, which is below 2^32.
+    let done = u32::try_from(done).map_err(io::Error::other)?;
+    cursor.skip(done).map_err(io::Error::other)?;
+    Ok(done)
+}
+
+fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(done) => return Ok(done),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}

@@ -1,1 +1,3 @@
 //! End-to-end tests, the lab, benches.
+
+pub mod lab;

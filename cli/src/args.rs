@@ -1,0 +1,178 @@
+//! The command line: what can be said, and what it is turned into.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use mvm_devices::virtio::DeviceSpec;
+use mvm_runtime::machine::{ConsoleKind, Disk, Net};
+use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
+
+/// Run containers and kernels, each in a micro-VM of its own
+#[derive(Debug, Parser)]
+#[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true)]
+pub(crate) struct Arguments {
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a kernel in a micro-VM
+    Boot(Box<Boot>),
+    /// Run a container in a micro-VM
+    Run(Box<Run>),
+    /// Check whether this host can run micro-VMs
+    Doctor(Doctor),
+}
+
+/// Boots a kernel and waits until the machine ends.
+///
+/// Exits with 0 when the guest powered off or rebooted; otherwise the code says how it ended (see `mvm boot --help`).
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 7 KVM could not go on, 125 mvm failed")]
+pub(crate) struct Boot {
+    /// Kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Disk image or block device, raw: PATH[,ro][,serial=NAME]; may be repeated
+    #[arg(long, value_name = "DISK", value_parser = Disk::from_str)]
+    pub(crate) disk: Vec<Disk>,
+    /// Network: none, or tap=NAME[,mac=MAC]; may be repeated
+    #[arg(long, value_name = "NET", value_parser = Net::from_str)]
+    pub(crate) net: Vec<Net>,
+    /// Any other device: its name, or its configuration as JSON; may be repeated
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    pub(crate) device: Vec<DeviceSpec>,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+    /// Kernel command line; what the console needs is added
+    #[arg(long, value_name = "TEXT", default_value = "panic=-1")]
+    pub(crate) cmdline: String,
+    /// Connect this terminal: hvc (virtio) or serial (for early messages and kernels without virtio)
+    #[arg(long, value_name = "KIND", num_args = 0..=1, require_equals = true, default_missing_value = "hvc")]
+    pub(crate) console: Option<Console>,
+    /// Directory for the machine's sockets (control.sock, vsock.sock); without it there are none
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sockets: Option<PathBuf>,
+    /// Print the machine's configuration and boot nothing
+    #[arg(long)]
+    pub(crate) print_config: bool,
+}
+
+/// Runs a container and exits with its exit code.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: the container's own; 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n")]
+pub(crate) struct Run {
+    /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// Command and arguments, instead of the image's
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+    /// Keep stdin open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the container a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Environment: NAME=VALUE, or NAME to pass this one's on; may be repeated
+    #[arg(short, long, value_name = "VAR")]
+    pub(crate) env: Vec<String>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User[:group] in the container, names or numbers
+    #[arg(short, long, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// Program to run instead of the image's entry point
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// Name of the machine and its host name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<MachineId>,
+    /// Refuse writes to the root file system
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Network: none, or tap=NAME[,mac=MAC][,ip=ADDR/PREFIX][,gateway=ADDR]
+    #[arg(long, value_name = "NET", value_parser = Net::from_str, default_value = "none")]
+    pub(crate) net: Net,
+    #[command(flatten)]
+    pub(crate) shape: Shape,
+    /// Say at the end how long each stage took and what the machine cost
+    #[arg(long)]
+    pub(crate) stats: bool,
+}
+
+/// How large a machine is.
+#[derive(Debug, Args)]
+pub(crate) struct Shape {
+    /// Virtual CPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
+    pub(crate) cpus: VcpuCount,
+    /// Memory: 128M, 2G
+    #[arg(long, value_name = "SIZE", default_value = "128M")]
+    pub(crate) memory: MemSize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// How to print the report
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Console {
+    /// virtio console, hvc0
+    Hvc,
+    /// First serial port, ttyS0
+    Serial,
+}
+
+impl From<Console> for ConsoleKind {
+    fn from(console: Console) -> Self {
+        match console {
+            Console::Hvc => Self::Virtio,
+            Console::Serial => Self::Serial,
+        }
+    }
+}
+
+fn cpus(text: &str) -> Result<VcpuCount, String> {
+    let count: u64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
+    VcpuCount::try_from(count).map_err(|error| error.to_string())
+}
+
+/// `rng`, or `{"type": "rng", …}`.
+fn device(text: &str) -> Result<DeviceSpec, String> {
+    let json = if text.trim_start().starts_with('{') {
+        text.to_owned()
+    } else {
+        serde_json::json!({ "type": text }).to_string()
+    };
+    serde_json::from_str(&json)
+        .map_err(|error| format!("{error} (devices: {})", mvm_devices::virtio::NAMES.join(", ")))
+}
+
+impl Run {
+    /// The command with the entry point in front, as an image's configuration is overridden.
+    pub(crate) fn command_override(&self) -> Option<Vec<OsString>> {
+        (!self.command.is_empty()).then(|| self.command.iter().map(OsString::from).collect())
+    }
+}

@@ -1,0 +1,119 @@
+//! What is asked of a machine, in terms of the host's files: the step before anything is opened.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use mvm_devices::virtio::DeviceSpec;
+use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
+
+pub use crate::net::{Net, TapNet};
+
+/// A machine to be started.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Its name.
+    pub id: MachineId,
+    /// Virtual CPUs.
+    pub cpus: VcpuCount,
+    /// RAM.
+    pub memory: MemSize,
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Disks, in the order the guest finds them.
+    pub disks: Vec<Disk>,
+    /// Network interfaces.
+    pub nets: Vec<Net>,
+    /// The terminal, if one is connected.
+    pub console: Option<ConsoleKind>,
+    /// Whether there is a vsock device; an agent needs one.
+    pub vsock: bool,
+    /// Further devices, as configured.
+    pub devices: Vec<DeviceSpec>,
+    /// Directory for the machine's sockets.
+    pub sockets: Option<PathBuf>,
+}
+
+/// Which device carries the console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConsoleKind {
+    /// virtio console, `hvc0`.
+    Virtio,
+    /// First serial port, `ttyS0`.
+    Serial,
+}
+
+impl ConsoleKind {
+    /// The guest's name of the terminal.
+    pub fn terminal(self) -> &'static str {
+        match self {
+            Self::Virtio => "hvc0",
+            Self::Serial => "ttyS0",
+        }
+    }
+}
+
+/// A disk image or block device, raw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The file.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// By which the guest finds it; at most 20 bytes.
+    pub serial: String,
+    /// Its content need not survive the host: flushes are skipped.
+    pub throwaway: bool,
+}
+
+/// Text that names no disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a disk: PATH[,ro][,serial=NAME], the name of at most 20 letters, digits, - or _")]
+pub struct NotADisk(String);
+
+impl FromStr for Disk {
+    type Err = NotADisk;
+
+    fn from_str(text: &str) -> Result<Self, NotADisk> {
+        let wrong = || NotADisk(text.to_owned());
+        let mut parts = text.split(',');
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or_else(wrong)?;
+        let mut disk =
+            Self { path: path.into(), read_only: false, serial: String::new(), throwaway: false };
+        for part in parts {
+            match part.split_once('=') {
+                None if part == "ro" => disk.read_only = true,
+                Some(("serial", name)) if is_serial(name) => disk.serial = name.to_owned(),
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(disk)
+    }
+}
+
+fn is_serial(name: &str) -> bool {
+    let fits = (1..=20).contains(&name.len());
+    fits && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_a_path_with_options() {
+        let disk: Disk = "/a/b.img,ro,serial=root".parse().unwrap();
+        assert_eq!((disk.path.to_str().unwrap(), disk.read_only, disk.serial.as_str()), ("/a/b.img", true, "root"));
+        assert!(!"x.img".parse::<Disk>().unwrap().read_only);
+    }
+
+    #[test]
+    fn unknown_options_and_bad_serials_are_refused() {
+        for text in ["", ",ro", "a,rw", "a,serial=", "a,serial=has space", "a,serial=123456789012345678901"] {
+            assert!(text.parse::<Disk>().is_err(), "{text}");
+        }
+    }
+}

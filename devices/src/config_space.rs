@@ -5,7 +5,7 @@
 //! that a multi-byte read was torn (VIRTIO 1.2 §2.5).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Shared configuration bytes. The lock is held for a copy of a few bytes only, never across a call out.
@@ -13,13 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct ConfigSpace {
     bytes: Mutex<Vec<u8>>,
     writable: Range<usize>,
-    generation: AtomicU8,
+    changes: AtomicU64,
 }
 
 impl ConfigSpace {
     /// A space with these initial bytes, of which the driver may write `writable`.
     pub fn new(bytes: Vec<u8>, writable: Range<usize>) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), writable, generation: AtomicU8::new(0) })
+        Arc::new(Self { bytes: Mutex::new(bytes), writable, changes: AtomicU64::new(0) })
     }
 
     /// Size in bytes.
@@ -34,7 +34,14 @@ impl ConfigSpace {
 
     /// Changes whenever the host changed a byte; the driver's own writes do not count.
     pub fn generation(&self) -> u8 {
-        self.generation.load(Ordering::Acquire)
+        let [low, ..] = self.changes().to_le_bytes();
+        low
+    }
+
+    /// How often the host changed bytes. Unlike the 8-bit generation it does not come round, so a transport
+    /// can tell 256 changes from none.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// Driver read. Bytes past the end read as 0.
@@ -61,7 +68,7 @@ impl ConfigSpace {
     pub fn update(&self, change: impl FnOnce(&mut [u8])) {
         let mut bytes = self.lock();
         change(&mut bytes);
-        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {

@@ -37,6 +37,7 @@ pub mod pci;
 pub mod ring;
 pub mod sys;
 pub mod task;
+pub mod transport;
 pub mod virtio;
 
 #[cfg(any(test, feature = "testing"))]

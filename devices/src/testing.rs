@@ -3,6 +3,8 @@
 //! [`Harness`] runs one device on the test's own thread, step by step: nothing happens between calls.
 //! [`Driver`] is the guest's side of one queue; its raw methods can also build nonsense.
 
+pub mod pci;
+
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -3,6 +3,9 @@
 //! Only what a virtio-pci modern function and a host bridge need: type 0 headers, memory BARs, MSI-X.
 //! There is no INTx: no function has an interrupt pin.
 
+pub mod config;
+pub mod msix;
+
 /// Bytes of configuration space of one function (PCI Express).
 pub const CONFIG_SPACE_SIZE: usize = 4096;
 
@@ -81,8 +84,9 @@ pub struct Msi {
 
 /// Where a function's MSI-X vectors end: KVM in a machine, a recorder in tests.
 pub trait MsiSink: Send + Sync {
-    /// The guest changed the message of `vector`; `None` while it is masked or MSI-X is disabled.
-    /// Called from vCPU threads only.
+    /// The message of `vector` is now this one; `None` once MSI-X is switched off. A message that is merely
+    /// masked stays routed (the function just sends nothing), so that an interrupt already on its way is
+    /// not lost. Called from vCPU threads only, and only for changes.
     fn route(&self, vector: u16, msi: Option<Msi>);
 
     /// Delivers `vector` now, with the message last given to [`MsiSink::route`]. Called from any thread;

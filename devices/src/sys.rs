@@ -3,6 +3,8 @@
 //! The one place where guest memory meets raw pointers.
 #![allow(unsafe_code)]
 
+pub mod file;
+
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -71,6 +71,8 @@ macro_rules! devices {
 }
 
 devices! {
+    /// A disk.
+    block Block;
     /// Host entropy.
     rng Rng;
 }

@@ -81,6 +81,7 @@ fn build(kernel: &Kernel, busybox: &[u8], cache: &Path) -> Result<Vec<u8>, Error
     for directory in DIRECTORIES {
         archive.entry(directory, 0o040_755, &[]);
     }
+    archive.node("dev/console", 0o020_600, (5, 1));
     archive.entry("bin/busybox", 0o100_755, busybox);
     archive.entry("init", 0o100_755, INIT.as_bytes());
     archive.entry("main", 0o100_644, MAIN.as_bytes());
@@ -139,9 +140,17 @@ struct Cpio {
 
 impl Cpio {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+        self.record(name, mode, content, (0, 0));
+    }
+
+    fn node(&mut self, name: &str, mode: u32, device: (u32, u32)) {
+        self.record(name, mode, &[], device);
+    }
+
+    fn record(&mut self, name: &str, mode: u32, content: &[u8], (major, minor): (u32, u32)) {
         self.entries += 1;
         let fields = [self.entries, mode, 0, 0, 1, 0];
-        let sizes = [content.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        let sizes = [content.len(), 0, 0, major as usize, minor as usize, name.len() + 1, 0];
         let mut header = String::from("070701");
         header.extend(fields.iter().map(|field| format!("{field:08x}")));
         header.extend(sizes.iter().map(|size| format!("{size:08x}")));

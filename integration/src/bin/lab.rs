@@ -38,6 +38,12 @@ struct Arguments {
     /// Keep the emulated kernel's console in a file
     #[arg(long, value_name = "FILE")]
     console_log: Option<PathBuf>,
+    /// Add a parameter to the emulated kernel's command line
+    #[arg(long, value_name = "PARAM")]
+    kernel_arg: Vec<String>,
+    /// Add an argument to QEMU's command line; the last of a kind counts
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    qemu_arg: Vec<OsString>,
     /// Say how long boot and command took
     #[arg(long, short)]
     verbose: bool,
@@ -65,6 +71,8 @@ fn main() -> ExitCode {
         env: arguments.env,
         cwd: None,
         console_log: arguments.console_log,
+        kernel_args: arguments.kernel_arg,
+        qemu_args: arguments.qemu_arg,
     };
     let result = lab::run(&options, &arguments.command, &mut io::stdout(), &mut io::stderr());
     match result {

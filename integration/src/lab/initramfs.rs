@@ -12,7 +12,10 @@ use super::modules;
 
 const INIT: &str = include_str!("../../lab/init");
 const MAIN: &str = include_str!("../../lab/main");
-/// Directories and the console node of the initramfs.
+/// What makes the image is one of its inputs.
+const BUILDER: &str = include_str!("initramfs.rs");
+const MODULES: &str = include_str!("modules.rs");
+/// Mount points and such.
 const DIRECTORIES: [&str; 9] = ["bin", "dev", "proc", "m", "job", "host", "rw", "new", "tmp"];
 
 /// What QEMU boots.
@@ -41,7 +44,7 @@ impl Image {
         let kernel = Kernel::prepare(&cache)?;
         let busybox = which("busybox").unwrap_or_default();
         let busybox = fs::read(&busybox).map_err(Error::file("read", &busybox))?;
-        let key = key(&[INIT, MAIN, &modules::fingerprint(), &kernel.tree.to_string_lossy()], &busybox);
+        let key = key(&[INIT, MAIN, BUILDER, MODULES, &kernel.tree.to_string_lossy()], &busybox);
         let initramfs = cache.join(format!("initramfs-{key}"));
         if !initramfs.is_file() {
             let partial = cache.join(format!("initramfs-{key}.partial"));

@@ -48,6 +48,10 @@ pub struct Options {
     pub cwd: Option<PathBuf>,
     /// Where the emulated kernel's console is kept.
     pub console_log: Option<PathBuf>,
+    /// Further kernel parameters.
+    pub kernel_args: Vec<String>,
+    /// Further QEMU arguments; the last of a kind counts.
+    pub qemu_args: Vec<OsString>,
 }
 
 impl Default for Options {
@@ -62,6 +66,8 @@ impl Default for Options {
             env: Vec::new(),
             cwd: None,
             console_log: None,
+            kernel_args: Vec::new(),
+            qemu_args: Vec::new(),
         }
     }
 }

@@ -50,6 +50,8 @@ impl Workdir {
     fn setup(&self, options: &Options, image: &Image) -> Result<Vec<u8>, Error> {
         let mut script = format!("LAB_TOKEN={}\nLAB_KERNEL=", self.token).into_bytes();
         script.extend(quoted(OsStr::new(&image.release)));
+        script.extend_from_slice(b"\nLAB_CWD=");
+        script.extend(quoted(cwd(options)?.as_os_str()));
         for path in &options.copy {
             let path = fs::canonicalize(path).map_err(Error::file("copy", path))?;
             script.extend_from_slice(b"\ncopy ");
@@ -73,10 +75,6 @@ impl Workdir {
             env.push((super::OUT.into(), out.into()));
         }
         env.extend_from_slice(&options.env);
-        let cwd = match &options.cwd {
-            Some(path) => path.clone(),
-            None => std::env::current_dir().map_err(Error::file("find", "the current directory"))?,
-        };
         let mut script = Vec::new();
         for (name, value) in env.iter().filter(|(name, _)| is_identifier(name)) {
             script.extend_from_slice(b"export ");
@@ -86,7 +84,7 @@ impl Workdir {
             script.push(b'\n');
         }
         script.extend_from_slice(b"cd ");
-        script.extend(quoted(cwd.as_os_str()));
+        script.extend(quoted(cwd(options)?.as_os_str()));
         script.extend_from_slice(b" || exit 126\nexec");
         for word in argv {
             script.push(b' ');
@@ -94,6 +92,13 @@ impl Workdir {
         }
         script.push(b'\n');
         Ok(script)
+    }
+}
+
+fn cwd(options: &Options) -> Result<PathBuf, Error> {
+    match &options.cwd {
+        Some(path) => Ok(path.clone()),
+        None => std::env::current_dir().map_err(Error::file("find", "the current directory")),
     }
 }
 

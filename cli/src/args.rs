@@ -34,7 +34,7 @@ pub(crate) enum Command {
 ///
 /// Exits with 0 when the guest powered off or rebooted; otherwise the code says how it ended (see `mvm boot --help`).
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 7 KVM could not go on, 125 mvm failed")]
+#[command(after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 125 mvm or KVM failed")]
 pub(crate) struct Boot {
     /// Kernel: an ELF vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]

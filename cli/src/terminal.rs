@@ -4,6 +4,7 @@ use std::io::{IsTerminal, stdin};
 use std::os::fd::AsFd;
 
 use mvm_protocol::WindowSize;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 /// Raw mode of standard input, undone when dropped.
@@ -32,4 +33,18 @@ impl Drop for RawMode {
     }
 }
 
-nix::ioctl_read_bad!(window_size, libc::TIOCGWINSZ, libc::winsize);
+/// The terminal's size; 24 by 80 if there is no terminal to ask.
+pub(crate) fn size() -> WindowSize {
+    let (columns, rows) = terminal_size::terminal_size().map_or((80, 24), |(width, height)| (width.0, height.0));
+    WindowSize { rows, columns }
+}
+
+/// Signals that `mvm` passes on or acts on itself instead of dying of them.
+pub(crate) fn block_signals(signals: &[Signal]) -> nix::Result<SigSet> {
+    let mut set = SigSet::empty();
+    for signal in signals {
+        set.add(*signal);
+    }
+    set.thread_block()?;
+    Ok(set)
+}

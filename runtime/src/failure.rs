@@ -46,6 +46,18 @@ impl Failure {
         None
     }
 
+    /// The host's word on what kind of error lies at the bottom, if an operating system error does.
+    pub fn source_kind(&self) -> Option<std::io::ErrorKind> {
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<std::io::Error>() {
+                return Some(error.kind());
+            }
+            cause = error.source();
+        }
+        None
+    }
+
     /// The whole text, several lines, as printed after a program's name.
     pub fn report(&self) -> String {
         let mut text = self.what.clone();

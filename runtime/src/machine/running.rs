@@ -1,0 +1,194 @@
+//! A machine that runs: what it tells, what its agent is reached by, how it ends.
+
+use std::io::{PipeReader, PipeWriter};
+use std::time::Duration;
+
+use mvm_vmm::config::MachineId;
+use mvm_vmm::exit::Exit;
+use mvm_vmm::launch::{Child, Ended};
+use mvm_vmm::status::{Event, Stages};
+use nix::sys::signal::{Signal, kill};
+
+use super::calls::Calls;
+use crate::failure::{Context, Failure};
+
+/// Our ends of the machine's console.
+#[derive(Debug)]
+pub struct Console {
+    /// What is written here the guest reads.
+    pub to_guest: PipeWriter,
+    /// What the guest writes arrives here.
+    pub from_guest: PipeReader,
+}
+
+/// A machine's process and everything that leads to it. Dropping it kills the machine.
+#[derive(Debug)]
+pub struct Machine {
+    id: MachineId,
+    child: Child,
+    spawned_ns: u64,
+    stages: Option<Stages>,
+    first_exit: Option<(u64, u64)>,
+    ended: bool,
+    /// The console, if the plan had one.
+    pub console: Option<Console>,
+    /// The guest's calls, if the plan had a vsock.
+    pub calls: Option<Calls>,
+}
+
+impl Machine {
+    pub(super) fn new(
+        id: MachineId,
+        child: Child,
+        spawned_ns: u64,
+        console: Option<Console>,
+        calls: Option<Calls>,
+    ) -> Self {
+        Self { id, child, spawned_ns, stages: None, first_exit: None, ended: false, console, calls }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &MachineId {
+        &self.id
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.child.pid.as_raw()
+    }
+
+    /// When it was spawned, on CLOCK_MONOTONIC in nanoseconds.
+    pub fn spawned_ns(&self) -> u64 {
+        self.spawned_ns
+    }
+
+    /// When its process reached each stage of starting, once it has.
+    pub fn stages(&self) -> Option<&Stages> {
+        self.stages.as_ref()
+    }
+
+    /// When the guest ran first, and first returned, on CLOCK_MONOTONIC in nanoseconds, once it has.
+    pub fn first_exit(&self) -> Option<(u64, u64)> {
+        self.first_exit
+    }
+
+    /// The next thing the machine tells; `None` once its process has closed the stream.
+    ///
+    /// # Errors
+    /// The machine could not start: what failed, as its process reports it.
+    pub fn next_event(&mut self) -> Result<Option<Event>, Failure> {
+        let Some(event) = self.child.events.next() else { return Ok(None) };
+        let event = event.context(|| format!("cannot understand machine {}", self.id))?;
+        match &event {
+            Event::Started { stages } => self.stages = Some(*stages),
+            Event::FirstExit { run_ns, ns } => self.first_exit = Some((*run_ns, *ns)),
+            Event::Error { message, because, help } => {
+                return Err(refused(&self.id, message, because, help.as_deref()));
+            }
+            _ => {}
+        }
+        Ok(Some(event))
+    }
+
+    /// Waits until the machine has ended.
+    ///
+    /// # Errors
+    /// It could not start, or its process died otherwise than by a machine's end.
+    pub fn wait(&mut self) -> Result<Exit, Failure> {
+        let mut last = None;
+        while let Some(event) = self.next_event()? {
+            if let Event::Exit { exit, .. } = event {
+                last = Some(exit);
+            }
+        }
+        let ended = self.reap()?;
+        match (last, ended) {
+            (Some(exit), _) | (None, Ended::Exit(exit)) => Ok(exit),
+            (None, ended) => Err(Failure::new(format!("machine {} ended abnormally: {}", self.id, describe(&ended)))
+                .help("run it again with -v; if it persists, report it with that output")),
+        }
+    }
+
+    /// Ends the machine now, without asking the guest.
+    ///
+    /// # Errors
+    /// Its process cannot be waited for.
+    pub fn kill(&mut self) -> Result<(), Failure> {
+        if !self.ended {
+            // The process is ours and not yet reaped: its number is not another's.
+            let _ = kill(self.child.pid, Signal::SIGKILL);
+            self.reap()?;
+        }
+        Ok(())
+    }
+
+    /// Asks the machine's process to end the machine in order.
+    pub fn stop(&self) {
+        if !self.ended {
+            let _ = kill(self.child.pid, Signal::SIGTERM);
+        }
+    }
+
+    /// The agent's control connection, within `deadline`.
+    ///
+    /// # Errors
+    /// The machine ended before its agent called, or the agent did not call in time.
+    pub fn agent_call(&mut self, deadline: Duration) -> Result<std::os::unix::net::UnixStream, Failure> {
+        let calls = self.calls.as_ref().ok_or_else(|| Failure::new("the machine has no vsock"))?;
+        match calls.control.recv_timeout(deadline) {
+            Ok(stream) => Ok(stream),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+                let exit = self.wait()?;
+                Err(Failure::new(format!("machine {} ended before its agent was ready: {exit:?}", self.id))
+                    .help("see what its kernel says: mvm boot --console=serial with a debug kernel"))
+            }
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                Err(Failure::new(format!("the agent of machine {} did not call within {deadline:?}", self.id))
+                    .help("see what its kernel says: mvm boot --console=serial with a debug kernel"))
+            }
+        }
+    }
+
+    fn reap(&mut self) -> Result<Ended, Failure> {
+        let ended = self.child.wait().context(|| format!("cannot wait for machine {}", self.id))?;
+        self.ended = true;
+        Ok(ended)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Err(failure) = self.kill() {
+            log::warn!("{}", failure.report());
+        }
+    }
+}
+
+/// The machine's own account of why it could not start, as if it had happened here.
+fn refused(id: &MachineId, message: &str, because: &[String], help: Option<&str>) -> Failure {
+    let mut chain: Option<Failure> = None;
+    for text in because.iter().rev() {
+        chain = Some(match chain {
+            None => Failure::new(text.clone()),
+            Some(cause) => Failure::because(text.clone(), cause),
+        });
+    }
+    let inner = match chain {
+        None => Failure::new(message),
+        Some(cause) => Failure::because(message, cause),
+    };
+    let failure = Failure::because(format!("cannot start machine {id}"), inner);
+    match help {
+        Some(help) => failure.help(help),
+        None => failure,
+    }
+}
+
+fn describe(ended: &Ended) -> String {
+    match ended {
+        Ended::Exit(exit) => format!("{exit:?}"),
+        Ended::FailedToStart => "it could not start and did not say why".to_owned(),
+        Ended::Code(code) => format!("its process exited with {code}"),
+        Ended::Signal(signal) => format!("signal {signal} killed its process"),
+    }
+}

@@ -1,0 +1,204 @@
+//! From a plan to a running machine: opens everything it names, then starts its process with it.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use mvm_devices::virtio::{DeviceSpec, block, console, net, vsock};
+use mvm_vmm::config::{Boot, MachineConfig, Serial};
+use mvm_vmm::launch::{Files, Launch};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use super::calls::{self, Calls, VSOCK_SOCKET};
+use super::plan::{ConsoleKind, Disk, Plan};
+use super::running::{Console, Machine};
+use crate::failure::{Context, Failure};
+use crate::net::{Net, TapNet, mac_of, open_tap};
+
+/// Name of the machine's control socket.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// Context id of every guest: each machine has a vsock of its own, so they need not differ.
+const GUEST_CID: u64 = 3;
+
+/// A plan whose files are open: what the machine's process is started with.
+#[derive(Debug)]
+pub struct Prepared {
+    config: MachineConfig,
+    files: Files,
+    console: Option<Console>,
+    calls: Option<Calls>,
+}
+
+impl Prepared {
+    /// The configuration as the machine's process will read it.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Starts the machine's process; `stderr` is where it logs.
+    ///
+    /// # Errors
+    /// The program is missing or cannot be started.
+    pub fn start(self, stderr: Option<OwnedFd>) -> Result<Machine, Failure> {
+        let id = self.config.id.clone();
+        let launch = Launch { config: self.config, files: self.files, stderr };
+        let spawned_ns = mvm_vmm::status::now();
+        let child = launch
+            .spawn()
+            .context(|| format!("cannot start machine {id}"))
+            .map_err(|failure| failure.help("build everything with `make build`, or name the program in MVM_VMM"))?;
+        Ok(Machine::new(id, child, spawned_ns, self.console, self.calls))
+    }
+}
+
+/// Opens everything `plan` names.
+///
+/// # Errors
+/// The first file that cannot be opened, with what to do about it.
+pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
+    let mut opening = Opening { files: Files::default(), devices: Vec::new(), console: None, serial: None };
+    let kvm = opening.files.add(open_kvm()?);
+    let kernel = opening.files.add(open(&plan.kernel, "kernel image")?);
+    let initrd = match &plan.initrd {
+        Some(path) => Some(opening.files.add(open(path, "initial RAM disk")?)),
+        None => None,
+    };
+    for disk in &plan.disks {
+        opening.disk(disk)?;
+    }
+    for net in &plan.nets {
+        if let Net::Tap(tap) = net {
+            opening.tap(tap, plan)?;
+        }
+    }
+    let calls = if plan.vsock { Some(opening.vsock(plan.sockets.as_deref())?) } else { None };
+    opening.devices.extend(plan.devices.iter().cloned());
+    let cmdline = opening.console(plan)?;
+    let control = match &plan.sockets {
+        Some(dir) => Some(opening.files.add(listen(&dir.join(CONTROL_SOCKET))?)),
+        None => None,
+    };
+    let Opening { files, devices, console, serial } = opening;
+    let cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
+    let config = MachineConfig {
+        id: plan.id.clone(),
+        cpus: plan.cpus,
+        memory: plan.memory,
+        kvm,
+        boot: Boot { kernel, initrd, cmdline, protocol: Default::default() },
+        devices,
+        serial,
+        status: None,
+        control,
+    };
+    Ok(Prepared { config, files, console, calls })
+}
+
+struct Opening {
+    files: Files,
+    devices: Vec<DeviceSpec>,
+    console: Option<Console>,
+    serial: Option<Serial>,
+}
+
+impl Opening {
+    fn disk(&mut self, disk: &Disk) -> Result<(), Failure> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!disk.read_only)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK)
+            .open(&disk.path)
+            .context(|| format!("cannot open disk image {}", disk.path.display()))
+            .map_err(|failure| match failure.source_kind() {
+                Some(ErrorKind::PermissionDenied) if !disk.read_only => {
+                    failure.help(format!("make it writable, or attach it read-only: --disk {},ro", disk.path.display()))
+                }
+                _ => failure,
+            })?;
+        let slot = self.files.add(file);
+        self.devices.push(DeviceSpec::Block(block::Config {
+            disk: slot,
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            queues: 1,
+            cache: if disk.throwaway { block::Cache::Unsafe } else { block::Cache::Writeback },
+        }));
+        Ok(())
+    }
+
+    fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
+        let slot = self.files.add(open_tap(&tap.name)?);
+        let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
+        self.devices.push(DeviceSpec::Net(net::Config::for_tap(slot, mac)));
+        Ok(())
+    }
+
+    fn vsock(&mut self, sockets: Option<&Path>) -> Result<Calls, Failure> {
+        let kind = (AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let (ours, theirs) = socketpair(kind.0, kind.1, None, kind.2)
+            .context(|| "cannot make a socket pair for the machine's vsock".to_owned())?;
+        let listener = match sockets {
+            Some(dir) => Some(self.files.add(listen(&dir.join(VSOCK_SOCKET))?)),
+            None => None,
+        };
+        let dialer = self.files.add(theirs);
+        self.devices.push(DeviceSpec::Vsock(vsock::Config::new(GUEST_CID, listener, Some(dialer))
+            .context(|| "cannot configure vsock".to_owned())?));
+        calls::answer(ours, sockets.map(PathBuf::from))
+    }
+
+    /// Connects the console; returns the kernel command line with what it needs.
+    fn console(&mut self, plan: &Plan) -> Result<String, Failure> {
+        let Some(kind) = plan.console else { return Ok(plan.cmdline.clone()) };
+        let pipe = || std::io::pipe().context(|| "cannot make a pipe for the console".to_owned());
+        let (input, to_guest) = pipe()?;
+        let (from_guest, output) = pipe()?;
+        let (input, output) = (self.files.add(input), self.files.add(output));
+        match kind {
+            ConsoleKind::Virtio => {
+                self.devices.push(DeviceSpec::Console(console::Config::interactive(Some(input), output)));
+            }
+            ConsoleKind::Serial => self.serial = Some(Serial { output, input: Some(input) }),
+        }
+        self.console = Some(Console { to_guest, from_guest });
+        Ok(format!("console={} {}", kind.terminal(), plan.cmdline).trim_end().to_owned())
+    }
+}
+
+fn open_kvm() -> Result<File, Failure> {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/kvm");
+    opened.map_err(|error| {
+        let help = match error.kind() {
+            ErrorKind::NotFound => "load the kvm module, and switch on virtualisation in the firmware; `mvm doctor` says more",
+            ErrorKind::PermissionDenied => "add yourself to the kvm group (usermod -aG kvm $USER), then log in again",
+            _ => "see `mvm doctor`",
+        };
+        Failure::because("cannot open /dev/kvm", error).help(help)
+    })
+}
+
+fn open(path: &Path, what: &str) -> Result<File, Failure> {
+    File::open(path).context(|| format!("cannot open {what} {}", path.display()))
+}
+
+/// A listening socket that only its owner may connect to. A socket left by a machine that died is replaced.
+fn listen(path: &Path) -> Result<UnixListener, Failure> {
+    let failed = || format!("cannot listen on {}", path.display());
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).context(failed)?;
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => return Err(Failure::new(format!("{} is in use by another machine", path.display()))),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).context(failed)?;
+        }
+        Err(_) => {}
+    }
+    let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    nix::sys::stat::umask(before);
+    listener.context(failed)
+}

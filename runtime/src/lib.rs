@@ -1,1 +1,3 @@
 //! A container becomes a machine: images, layers, rootfs, network, VM lifecycle, agent client.
+
+pub mod erofs;

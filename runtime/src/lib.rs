@@ -1,3 +1,4 @@
 //! A container becomes a machine: images, layers, rootfs, network, VM lifecycle, agent client.
 
 pub mod erofs;
+pub mod image;

@@ -1,3 +1,6 @@
-//! What the image tests judge with: a reader written from the format's description alone.
+//! What the image tests are made of, and what they judge with.
+
+#![allow(dead_code)] // each test program uses a part
 
 pub(crate) mod erofs_reader;
+pub(crate) mod images;

@@ -1,0 +1,237 @@
+//! What a person names as an image, recognised by its content.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+use super::blobs::Blobs;
+use super::config::ImageConfig;
+use super::digest::hex;
+use super::directory;
+use super::error::{Error, Result};
+use super::layer::Layer;
+use super::merge::Merger;
+use super::oci::Resolved;
+use super::progress::{Phase, Progress};
+use super::reference::{self, Choice, Wanted};
+use super::slice::FileSlice;
+use super::{docker, oci, packed};
+use crate::erofs::{Tree, WRITER_VERSION, Writer};
+
+/// How layers are merged is part of what a cached image depends on; raise it with the rules.
+const MERGE_VERSION: u32 = 1;
+
+/// How an image is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// A directory with `index.json` and `blobs`.
+    OciLayout,
+    /// A tar archive of such a directory.
+    OciArchive,
+    /// An archive of `docker save`.
+    DockerArchive,
+    /// A directory with a root file system.
+    Directory,
+    /// Lower directories of an overlay mount.
+    Overlay,
+}
+
+/// An image or a root directory, found but not unpacked.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    name: Option<String>,
+    format: Format,
+    config: ImageConfig,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Layers(Vec<Layer>),
+    /// Directories, the lowest first.
+    Directories(Vec<PathBuf>),
+}
+
+/// Identifies what an image unpacks to: equal keys, equal file systems.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Key([u8; 32]);
+
+impl Key {
+    /// 64 hex digits.
+    pub fn hex(&self) -> String {
+        hex(&self.0)
+    }
+
+    /// The file system's UUID: made from the key, so that equal content gives equal bytes.
+    pub(super) fn uuid(&self) -> [u8; 16] {
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&self.0[..16]);
+        // Version 8 (custom), RFC 9562 variant.
+        uuid[6] = uuid[6] & 0x0f | 0x80;
+        uuid[8] = uuid[8] & 0x3f | 0x80;
+        uuid
+    }
+}
+
+impl Source {
+    /// Finds the image that `reference` names: a path, followed by `:name` or `@digest` if there
+    /// are several images at the path.
+    pub fn open(reference: impl AsRef<Path>) -> Result<Self> {
+        let (path, wanted) = reference::split(reference.as_ref());
+        let metadata = path.metadata().map_err(|source| Error::Open { path: path.clone(), source })?;
+        if metadata.is_dir() {
+            return Self::open_directory(path, wanted.as_ref());
+        }
+        let file = packed::unpack(FileSlice::open(&path)?, &path)?;
+        let not_an_image = |tried: String| Error::NotAnImage { path: path.clone(), tried };
+        let blobs = match Blobs::index(file) {
+            Err(Error::Tar { reason }) => {
+                return Err(not_an_image(format!("neither a directory nor a tar archive ({reason})")));
+            }
+            other => other?,
+        };
+        let has = |name| Ok::<_, Error>(blobs.open(name)?.is_some());
+        let (oci, docker) = (has("index.json")?, has("manifest.json")?);
+        if oci {
+            Self::from_blobs(path, wanted, Format::OciArchive, &blobs)
+        } else if docker {
+            Self::from_blobs(path, wanted, Format::DockerArchive, &blobs)
+        } else {
+            Err(not_an_image(
+                "a tar archive without index.json (OCI) and without manifest.json (docker)".to_owned(),
+            ))
+        }
+    }
+
+    /// The lower directories of an overlay mount, as its `lowerdir` option lists them: topmost
+    /// first. Whiteouts and opaque directories among them are honoured.
+    pub fn overlay(lower: Vec<PathBuf>) -> Result<Self> {
+        let path = lower.first().cloned().unwrap_or_default();
+        for directory in &lower {
+            refuse_host_root(directory)?;
+        }
+        if lower.is_empty() {
+            return Err(Error::EmptyRoot { path });
+        }
+        let content = Content::Directories(lower.into_iter().rev().collect());
+        Ok(Self { path, name: None, format: Format::Overlay, config: ImageConfig::default(), content })
+    }
+
+    /// Where it was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its name, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// How it is stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// How to run it; empty for directories.
+    pub fn config(&self) -> &ImageConfig {
+        &self.config
+    }
+
+    /// Identifies its content. For directories all metadata is read, but no file.
+    pub fn key(&self) -> Result<Key> {
+        let mut hash = Sha256::new();
+        hash.update(format!("mvm rootfs {WRITER_VERSION}.{MERGE_VERSION}\n"));
+        match &self.content {
+            Content::Layers(layers) => {
+                for layer in layers {
+                    hash.update(format!("{}\n", layer.diff_id));
+                }
+            }
+            Content::Directories(directories) => {
+                for path in directories {
+                    hash.update(directory::fingerprint(path)?);
+                }
+            }
+        }
+        Ok(Key(hash.finalize().into()))
+    }
+
+    /// Unpacks into one tree, with the bodies of files in `writer`.
+    pub(super) fn unpack(&self, writer: &mut Writer, progress: &mut dyn Progress) -> Result<Tree> {
+        let mut merger = Merger::new();
+        match &self.content {
+            Content::Layers(layers) => {
+                let count = layers.len();
+                for (layer, number) in layers.iter().zip(1..) {
+                    progress.begin(Phase::Layer { number, count }, Some(layer.blob.len()));
+                    layer.apply(&mut merger, writer, progress).map_err(|source| Error::Layer {
+                        number,
+                        count,
+                        digest: layer.diff_id.to_string(),
+                        source: Box::new(source),
+                    })?;
+                    merger.next_layer();
+                }
+            }
+            Content::Directories(directories) => {
+                progress.begin(Phase::Files, None);
+                for path in directories {
+                    let overlay = self.format == Format::Overlay;
+                    directory::take_in(path, overlay, &mut merger, writer, progress)?;
+                    merger.next_layer();
+                }
+            }
+        }
+        Ok(merger.into_tree())
+    }
+
+    fn open_directory(path: PathBuf, wanted: Option<&Wanted>) -> Result<Self> {
+        let has = |name: &str| path.join(name).symlink_metadata().is_ok();
+        if has("oci-layout") || (has("index.json") && has("blobs")) {
+            let blobs = Blobs::Directory(path.clone());
+            return Self::from_blobs(path, wanted.cloned(), Format::OciLayout, &blobs);
+        }
+        if let Some(wanted) = wanted {
+            let wanted = wanted.text().to_owned();
+            return Err(Error::NoSuchImage { path, wanted, names: Vec::new() });
+        }
+        refuse_host_root(&path)?;
+        let mut entries = path.read_dir().map_err(|source| Error::Open { path: path.clone(), source })?;
+        if entries.next().is_none() {
+            return Err(Error::EmptyRoot { path });
+        }
+        let content = Content::Directories(vec![path.clone()]);
+        Ok(Self { path, name: None, format: Format::Directory, config: ImageConfig::default(), content })
+    }
+
+    fn from_blobs(path: PathBuf, wanted: Option<Wanted>, format: Format, blobs: &Blobs) -> Result<Self> {
+        let choice = Choice { path: &path, wanted: wanted.as_ref() };
+        let resolved = match format {
+            Format::DockerArchive => docker::resolve(blobs, wanted.as_ref(), &choice),
+            _ => oci::resolve(blobs, wanted.as_ref(), &choice),
+        };
+        let Resolved { name, config, layers } = resolved?;
+        Ok(Self { path, name, format, config, content: Content::Layers(layers) })
+    }
+}
+
+/// A container whose root is the host's own would be no container.
+fn refuse_host_root(path: &Path) -> Result<()> {
+    let stat = |path: &Path| {
+        let metadata = path.metadata().map_err(|source| Error::Open { path: path.to_owned(), source })?;
+        Ok::<_, Error>((metadata.dev(), metadata.ino(), metadata.is_dir()))
+    };
+    let (dev, ino, is_dir) = stat(path)?;
+    if !is_dir {
+        let source = std::io::Error::from(std::io::ErrorKind::NotADirectory);
+        return Err(Error::Open { path: path.to_owned(), source });
+    }
+    let (root_dev, root_ino, _) = stat(Path::new("/"))?;
+    if (dev, ino) == (root_dev, root_ino) {
+        return Err(Error::HostRoot { path: path.to_owned() });
+    }
+    Ok(())
+}

@@ -1,0 +1,296 @@
+//! Finished file systems, kept by what they were made from.
+//!
+//! ```text
+//! <root>/<key>.erofs   the file system, complete and durable since it has this name
+//! <root>/<key>.json    where it came from and how to run it
+//! <root>/<key>.lock    held while it is built or removed
+//! <root>/<key>.tmp     being built; left over if the builder died, and overwritten by the next
+//! ```
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use super::config::ImageConfig;
+use super::error::{Error, Result};
+use super::limits::MAX_JSON_BYTES;
+use super::progress::{Phase, Progress};
+use super::source::{Format, Key, Source};
+use crate::erofs::{BLOCK_SIZE, Superblock, Writer};
+
+/// A directory of finished file systems. Any number of processes may use it at once.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// A root file system, ready to be a disk.
+#[derive(Debug)]
+pub struct Rootfs {
+    /// The image, open for reading. It stays usable when it is removed from the store.
+    pub file: File,
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it was made from.
+    pub key: String,
+    /// Its length in bytes, a multiple of 4096.
+    pub bytes: u64,
+    /// How to run it.
+    pub config: ImageConfig,
+    /// Whether it was built just now.
+    pub built: bool,
+}
+
+/// One line of a listing.
+#[derive(Clone, Debug, Serialize)]
+pub struct Cached {
+    /// What it was made from, in hex.
+    pub key: String,
+    /// The image's name, if it had one.
+    pub name: Option<String>,
+    /// The path it was found at.
+    pub origin: PathBuf,
+    /// How the image was stored.
+    pub format: Format,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Bytes it takes on the host.
+    pub disk_bytes: u64,
+    /// When it was built.
+    pub created: SystemTime,
+    /// When it was last asked for.
+    pub last_used: SystemTime,
+}
+
+/// What is kept beside a file system.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    name: Option<String>,
+    origin: PathBuf,
+    format: Format,
+    created: SystemTime,
+    config: ImageConfig,
+}
+
+impl Store {
+    /// Where images are kept unless told otherwise.
+    pub const DEFAULT_ROOT: &str = "/var/lib/mvm/images";
+
+    /// Opens a store, and makes its directory if there is none. Only its owner may look inside:
+    /// images may hold secrets.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
+        let root = root.into();
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&root);
+        made.map_err(|source| Error::Write { path: root.clone(), source })?;
+        Ok(Self { root })
+    }
+
+    /// The root file system of an image: the one that is there, or else a new one.
+    pub fn rootfs(&self, source: &Source, progress: &mut dyn Progress) -> Result<Rootfs> {
+        let key = source.key()?;
+        let hex = key.hex();
+        if let Some(found) = self.find(&hex, Some(source))? {
+            return Ok(found);
+        }
+        let _lock = self.lock(&hex, progress)?;
+        // Whoever held the lock may have built it.
+        if let Some(found) = self.find(&hex, Some(source))? {
+            return Ok(found);
+        }
+        self.build(&key, source, progress)?;
+        let found = self.find(&hex, Some(source))?;
+        let path = self.path(&hex, "erofs");
+        let unreadable = || Error::Open { path, source: io::ErrorKind::InvalidData.into() };
+        Ok(Rootfs { built: true, ..found.ok_or_else(unreadable)? })
+    }
+
+    /// A file system that is in the store, by its image's name, or by its key or the beginning of it.
+    pub fn get(&self, wanted: &str) -> Result<Rootfs> {
+        let found = self.one(wanted)?;
+        self.find(&found.key, None)?.ok_or_else(|| Error::NotCached { wanted: wanted.to_owned() })
+    }
+
+    /// Everything in the store, the most recently used first.
+    pub fn list(&self) -> Result<Vec<Cached>> {
+        let read = |source| Error::Read { what: self.root.display().to_string(), source };
+        let mut list = Vec::new();
+        for entry in self.root.read_dir().map_err(read)? {
+            let path = entry.map_err(read)?.path();
+            if path.extension().is_some_and(|extension| extension == "erofs") {
+                list.extend(path.file_stem().and_then(|stem| stem.to_str()).and_then(|key| self.cached(key)));
+            }
+        }
+        list.sort_by(|a, b| b.last_used.cmp(&a.last_used).then_with(|| a.key.cmp(&b.key)));
+        Ok(list)
+    }
+
+    /// Removes a file system, named as for [`Self::get`]. Machines that use it keep it.
+    pub fn remove(&self, wanted: &str) -> Result<Cached> {
+        let found = self.one(wanted)?;
+        let _lock = self.lock(&found.key, &mut ())?;
+        for extension in ["erofs", "json", "tmp", "lock"] {
+            remove_if_there(&self.path(&found.key, extension))?;
+        }
+        Ok(found)
+    }
+
+    fn one(&self, wanted: &str) -> Result<Cached> {
+        let is_key = |cached: &Cached| !wanted.is_empty() && cached.key.starts_with(wanted);
+        let is_name = |cached: &Cached| cached.name.as_deref() == Some(wanted);
+        let mut fitting = self.list()?;
+        fitting.retain(|cached| is_key(cached) || is_name(cached));
+        match fitting.len() {
+            1 => Ok(fitting.swap_remove(0)),
+            0 => Err(Error::NotCached { wanted: wanted.to_owned() }),
+            count => Err(Error::Ambiguous { wanted: wanted.to_owned(), count }),
+        }
+    }
+
+    fn path(&self, key: &str, extension: &str) -> PathBuf {
+        self.root.join(format!("{key}.{extension}"))
+    }
+
+    fn cached(&self, key: &str) -> Option<Cached> {
+        let image = self.path(key, "erofs").metadata().ok()?;
+        let beside = self.path(key, "json");
+        let Record { name, origin, format, created, .. } = read_record(&beside).ok()?;
+        let last_used = beside.metadata().and_then(|metadata| metadata.modified()).unwrap_or(created);
+        let (bytes, disk_bytes) = (image.len(), image.blocks() * 512);
+        Some(Cached { key: key.to_owned(), name, origin, format, bytes, disk_bytes, created, last_used })
+    }
+
+    /// The finished file system of a key, if it is there and sound. `source` has the newer word on
+    /// how to run it: several images may have the same layers.
+    fn find(&self, key: &str, source: Option<&Source>) -> Result<Option<Rootfs>> {
+        let path = self.path(key, "erofs");
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Open { path, source }),
+        };
+        let Some(bytes) = sound_length(&file) else {
+            log::warn!("{} is damaged, and built anew", path.display());
+            return Ok(None);
+        };
+        let beside = self.path(key, "json");
+        let Ok(record) = read_record(&beside) else { return Ok(None) };
+        let touched = File::options().append(true).open(&beside);
+        if let Err(error) = touched.and_then(|file| file.set_modified(SystemTime::now())) {
+            log::debug!("cannot note that {} is used: {error}", path.display());
+        }
+        let config = source.map_or(record.config, |source| source.config().clone());
+        Ok(Some(Rootfs { file, path, key: key.to_owned(), bytes, config, built: false }))
+    }
+
+    fn build(&self, key: &Key, source: &Source, progress: &mut dyn Progress) -> Result<()> {
+        let hex = key.hex();
+        let temporary = self.path(&hex, "tmp");
+        let built = self.build_at(&temporary, key, source, progress);
+        if built.is_err() {
+            // The error says more than a failure to tidy up would.
+            drop(fs::remove_file(&temporary));
+        }
+        built
+    }
+
+    fn build_at(
+        &self,
+        temporary: &Path,
+        key: &Key,
+        source: &Source,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        let write = |path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::Write { path, source }
+        };
+        let hex = key.hex();
+        remove_if_there(temporary)?;
+        let image = create(temporary).map_err(write(temporary))?;
+        let spool = tempfile::tempfile_in(&self.root).map_err(write(&self.root))?;
+        let mut writer = Writer::new(image, spool);
+        let tree = source.unpack(&mut writer, progress)?;
+        progress.begin(Phase::Finishing, None);
+        let image = writer.finish(&tree, key.uuid())?.file;
+        image.sync_all().map_err(write(temporary))?;
+        let record = Record {
+            name: source.name().map(str::to_owned),
+            origin: source.path().to_owned(),
+            format: source.format(),
+            created: SystemTime::now(),
+            config: source.config().clone(),
+        };
+        // The record comes first: a file system that is there is complete.
+        write_record(&self.root, &self.path(&hex, "json"), &record)?;
+        fs::rename(temporary, self.path(&hex, "erofs")).map_err(write(temporary))?;
+        File::open(&self.root).and_then(|root| root.sync_all()).map_err(write(&self.root))
+    }
+
+    /// Waits for the right to build or remove what belongs to a key.
+    fn lock(&self, key: &str, progress: &mut dyn Progress) -> Result<Flock<File>> {
+        let path = self.path(key, "lock");
+        let fail = |source: io::Error| Error::Write { path: path.clone(), source };
+        loop {
+            let file = File::options().create(true).append(true).mode(0o600).open(&path).map_err(fail)?;
+            let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => lock,
+                Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
+                    progress.begin(Phase::Waiting, None);
+                    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| fail(errno.into()))?
+                }
+                Err((_, errno)) => return Err(fail(errno.into())),
+            };
+            // Its last holder may have removed it: then it is a lock of nothing.
+            let held = lock.metadata().map_err(fail)?;
+            if path.metadata().is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino())) {
+                return Ok(lock);
+            }
+        }
+    }
+}
+
+/// The length of a file system that has a sound superblock and was not cut.
+fn sound_length(mut file: &File) -> Option<u64> {
+    let metadata = file.metadata().ok().filter(fs::Metadata::is_file)?;
+    let mut first = [0; BLOCK_SIZE as usize];
+    file.read_exact(&mut first).ok()?;
+    let superblock = Superblock::decode(&first)?;
+    (u64::from(superblock.blocks) * BLOCK_SIZE == metadata.len()).then_some(metadata.len())
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+fn read_record(path: &Path) -> Result<Record> {
+    let open = |source| Error::Open { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(open)?;
+    file.take(MAX_JSON_BYTES).read_to_end(&mut text).map_err(open)?;
+    serde_json::from_slice(&text).map_err(|source| Error::Json { what: path.display().to_string(), source })
+}
+
+fn write_record(root: &Path, path: &Path, record: &Record) -> Result<()> {
+    let write = |source| Error::Write { path: path.to_owned(), source };
+    let text = serde_json::to_vec_pretty(record)
+        .map_err(|source| Error::Json { what: path.display().to_string(), source })?;
+    let mut file = tempfile::NamedTempFile::new_in(root).map_err(write)?;
+    file.write_all(&text).map_err(write)?;
+    file.as_file().sync_all().map_err(write)?;
+    file.persist(path).map_err(|error| write(error.error))?;
+    Ok(())
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Write { path: path.to_owned(), source: error })
+        }
+        _ => Ok(()),
+    }
+}

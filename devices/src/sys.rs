@@ -1,4 +1,4 @@
-//! System calls on guest buffers: scatter-gather I/O straight into a chain, and host entropy.
+//! System calls on guest buffers: scatter-gather I/O straight into a chain, sockets, and host entropy.
 //!
 //! The one place where guest memory meets raw pointers.
 #![allow(unsafe_code)]
@@ -7,7 +7,7 @@ pub mod file;
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::chain::Cursor;
 use crate::memory::VolatileSlice;
@@ -26,9 +26,13 @@ struct Buffers<'a> {
 impl<'a> Buffers<'a> {
     /// The next buffers of `cursor`, up to `max` bytes.
     fn gather(cursor: &Cursor<'a>, max: u32) -> Self {
+        Self::collect(cursor.slices(max))
+    }
+
+    fn collect(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Self {
         let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         let mut buffers = Self { list: [empty; MAX_BUFFERS], count: 0, bytes: 0, memory: PhantomData };
-        for (place, slice) in buffers.list.iter_mut().zip(cursor.slices(max)) {
+        for (place, slice) in buffers.list.iter_mut().zip(slices) {
             *place = iovec(&slice);
             buffers.count = buffers.count.saturating_add(1);
             buffers.bytes = buffers.bytes.saturating_add(slice.len());
@@ -38,6 +42,19 @@ impl<'a> Buffers<'a> {
 
     fn count(&self) -> libc::c_int {
         libc::c_int::try_from(self.count).unwrap_or(0)
+    }
+
+    /// The buffers as a message without address or control data.
+    fn message(&mut self) -> libc::msghdr {
+        libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: self.list.as_mut_ptr(),
+            msg_iovlen: self.count,
+            msg_control: std::ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        }
     }
 }
 
@@ -95,6 +112,85 @@ pub fn write_some(file: BorrowedFd<'_>, from: &mut Cursor<'_>, max: u32) -> io::
         unsafe { libc::writev(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count()) }
     })?;
     advance(from, done)
+}
+
+/// Receives once, whatever is there, into `slices` in their order. Never waits, whatever mode the socket
+/// is in: other processes share that mode. 0 is the end of the stream.
+///
+/// # Errors
+/// The host's reason; `WouldBlock` when nothing is there.
+pub fn receive<'a>(
+    socket: BorrowedFd<'_>,
+    slices: impl Iterator<Item = VolatileSlice<'a>>,
+) -> io::Result<u32> {
+    let mut buffers = Buffers::collect(slices);
+    let mut message = buffers.message();
+    let done = retry(|| {
+        // SAFETY: the message names the iovecs of `buffers`, which lives on; each names bytes inside a
+        // mapped guest region that outlives the call (the slices borrow it).
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
+    })?;
+    u32::try_from(done).map_err(io::Error::other)
+}
+
+/// Sends once, as much as the socket takes, from the front of `from` (at most `max` bytes); moves `from`
+/// past it. Never waits and raises no `SIGPIPE`.
+///
+/// # Errors
+/// The host's reason; `WouldBlock` when nothing can be taken.
+pub fn send(socket: BorrowedFd<'_>, from: &mut Cursor<'_>, max: u32) -> io::Result<u32> {
+    let mut buffers = Buffers::gather(from, max);
+    let message = buffers.message();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let done = retry(|| {
+        // SAFETY: as in `receive`; the kernel only reads these bytes.
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) }
+    })?;
+    advance(from, done)
+}
+
+/// Sends once, as much as the socket takes of `bytes`. Never waits and raises no `SIGPIPE`.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_bytes(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    retry(|| {
+        // SAFETY: pointer and length are of the same slice, which the kernel only reads.
+        unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) }
+    })
+}
+
+/// Receives one message, and the file that came with it if there is one. `flags` go with `MSG_CMSG_CLOEXEC`.
+/// Files beyond the first are closed.
+///
+/// # Errors
+/// The host's reason; `WouldBlock` when nothing is there and waiting is off.
+pub fn receive_with_file(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    flags: libc::c_int,
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut control = nix::cmsg_space!(RawFd);
+    let mut parts = [io::IoSliceMut::new(bytes)];
+    let flags = MsgFlags::from_bits_truncate(flags | libc::MSG_CMSG_CLOEXEC);
+    let message = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+            Err(nix::Error::EINTR) => {}
+            result => break result?,
+        }
+    };
+    let mut first = None;
+    for item in message.cmsgs()? {
+        let ControlMessageOwned::ScmRights(files) = item else { continue };
+        for file in files {
+            // SAFETY: the kernel has just installed this descriptor for us; nobody else knows it.
+            let file = unsafe { OwnedFd::from_raw_fd(file) };
+            first.get_or_insert(file);
+        }
+    }
+    Ok((message.bytes, first))
 }
 
 /// Fills `bytes` from the host's entropy pool.

@@ -176,6 +176,19 @@ impl Harness {
         ready
     }
 
+    /// Delivers an event of one of the device's own files, ready or not.
+    pub fn deliver(&mut self, token: u32, events: EventSet) {
+        self.task.handle((1 << 16) + token, events, &mut self.watched);
+        self.settle();
+    }
+
+    /// The machine is paused and goes on: the device leaves its loop and enters another.
+    pub fn pause_and_resume(&mut self) {
+        self.watched.clear();
+        self.task.start(&mut self.watched);
+        self.settle();
+    }
+
     /// How many files besides the queues' kicks are watched.
     pub fn watched_files(&self) -> usize {
         self.watched.0.values().filter(|(token, _)| *token >= 1 << 16).count()

@@ -75,4 +75,6 @@ devices! {
     block Block;
     /// Host entropy.
     rng Rng;
+    /// Sockets between host and guest.
+    vsock Vsock;
 }

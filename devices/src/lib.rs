@@ -35,6 +35,7 @@ pub mod io_loop;
 pub mod memory;
 pub mod pci;
 pub mod ring;
+pub mod serial;
 pub mod sys;
 pub mod task;
 pub mod transport;

@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod msix;
+pub mod host_bridge;
 
 /// Bytes of configuration space of one function (PCI Express).
 pub const CONFIG_SPACE_SIZE: usize = 4096;

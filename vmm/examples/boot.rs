@@ -1,0 +1,59 @@
+//! Boots a kernel with its console on this terminal: `boot KERNEL [INITRD] [-- CMDLINE]`.
+//!
+//! MVM_CPUS and MVM_MEMORY (MiB) change the machine; MVM_SERIAL=off leaves the console out. Events go to
+//! standard error.
+#![allow(clippy::print_stderr)]
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use mvm_vmm::config::{Boot, MachineConfig, Protocol, Serial};
+use mvm_vmm::launch::{Ended, Files, Launch};
+
+fn main() -> Result<ExitCode, Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let images: Vec<String> = arguments.by_ref().take_while(|argument| argument != "--").collect();
+    let cmdline: Vec<String> = arguments.collect();
+    let kernel = images.first().ok_or("usage: boot KERNEL [INITRD] [-- CMDLINE]")?;
+
+    let mut files = Files::default();
+    let kvm = files.add(File::options().read(true).write(true).open("/dev/kvm")?);
+    let kernel = files.add(File::open(kernel)?);
+    let initrd = images.get(1).map(File::open).transpose()?.map(|file| files.add(file));
+    let serial = match std::env::var("MVM_SERIAL").as_deref() {
+        Ok("off") => None,
+        _ => Some(Serial { output: files.add(io::stdout().as_fd().try_clone_to_owned()?), input: None }),
+    };
+    let protocol = match std::env::var("MVM_PROTOCOL").as_deref() {
+        Ok("pvh") => Protocol::Pvh,
+        _ => Protocol::Linux64,
+    };
+    let config = MachineConfig {
+        id: "boot".parse()?,
+        cpus: number("MVM_CPUS", 1)?.try_into()?,
+        memory: number("MVM_MEMORY", 256)?.try_into()?,
+        kvm,
+        boot: Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol },
+        serial,
+        status: None,
+        control: None,
+    };
+    let stderr = Some(io::stderr().as_fd().try_clone_to_owned()?);
+    let mut child = Launch { config, files, stderr }.spawn()?;
+    for event in child.events.by_ref() {
+        eprintln!("boot: {:?}", event?);
+    }
+    let ended = child.wait()?;
+    eprintln!("boot: {ended:?}");
+    Ok(match ended {
+        Ended::Exit(exit) => exit.code().into(),
+        _ => ExitCode::FAILURE,
+    })
+}
+
+fn number(variable: &str, default: u64) -> Result<u64, Box<dyn Error>> {
+    Ok(std::env::var(variable).map_or(Ok(default), |text| text.parse())?)
+}

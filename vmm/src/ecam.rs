@@ -1,0 +1,88 @@
+//! The bytes behind PCI configuration space: a page per function, all ones where there is none.
+//!
+//! KVM maps them to the guest read-only, so reads cost no exit. They lie in the program's data, so the all-ones
+//! pages of absent functions are page cache shared by all machines: a function costs its page, an empty slot
+//! nothing. That makes them one per process, which is how machines run.
+#![allow(unsafe_code)] // static memory that the guest reads while the bus writes it
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use mvm_devices::pci::CONFIG_SPACE_SIZE;
+
+use crate::error::{Error, Result};
+use crate::layout::ECAM_SIZE;
+
+/// Bytes of configuration space of a bus.
+const SIZE: usize = ECAM_SIZE as usize;
+
+#[repr(C, align(4096))]
+struct Pages(UnsafeCell<[u8; SIZE]>);
+
+// SAFETY: the bytes are only reached through `Ecam`, one byte at a time and atomically.
+unsafe impl Sync for Pages {}
+
+static PAGES: Pages = Pages(UnsafeCell::new([0xff; SIZE]));
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Configuration space of bus 0 as the guest reads it. There is one per process.
+#[derive(Debug)]
+pub struct Ecam(());
+
+impl Ecam {
+    /// Takes the process's one configuration space.
+    pub fn take() -> Result<Self> {
+        if TAKEN.swap(true, Ordering::AcqRel) { Err(Error::SecondMachine) } else { Ok(Self(())) }
+    }
+
+    /// Address of the first byte in this process.
+    pub(crate) fn host_address(&self) -> u64 {
+        PAGES.0.get() as u64
+    }
+
+    /// Makes function `function` of device `device` read as `config`. Touches the bytes that differ only.
+    pub fn show(&self, device: usize, function: usize, config: &[u8; CONFIG_SPACE_SIZE]) {
+        let page = (device * 8 + function) * CONFIG_SPACE_SIZE;
+        for (offset, value) in config.iter().enumerate() {
+            if let Some(byte) = Self::byte(page + offset)
+                && byte.load(Ordering::Relaxed) != *value
+            {
+                byte.store(*value, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn byte(offset: usize) -> Option<&'static AtomicU8> {
+        if offset >= SIZE {
+            return None;
+        }
+        // SAFETY: `offset` is inside the static array (checked above).
+        let byte = unsafe { PAGES.0.get().cast::<u8>().add(offset) };
+        // SAFETY: `byte` is valid for the life of the process, and this process reaches it only atomically.
+        Some(unsafe { AtomicU8::from_ptr(byte) })
+    }
+}
+
+impl Drop for Ecam {
+    fn drop(&mut self) {
+        TAKEN.store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_one_at_a_time_and_functions_show_in_their_page() {
+        let ecam = Ecam::take().unwrap();
+        assert!(matches!(Ecam::take(), Err(Error::SecondMachine)));
+        let mut config = [0; CONFIG_SPACE_SIZE];
+        config[0] = 0x86;
+        ecam.show(2, 0, &config);
+        let read = |offset| Ecam::byte(offset).unwrap().load(Ordering::Relaxed);
+        assert_eq!((read(2 * 8 * 4096), read(2 * 8 * 4096 + 1)), (0x86, 0));
+        assert_eq!((read(2 * 8 * 4096 - 1), read(3 * 8 * 4096)), (0xff, 0xff));
+        ecam.show(2, 0, &[0xff; CONFIG_SPACE_SIZE]);
+    }
+}

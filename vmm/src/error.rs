@@ -1,0 +1,107 @@
+//! What can go wrong while a machine is built, and what a person can do about it.
+
+use std::io;
+
+use crate::boot;
+use crate::config::Invalid;
+
+/// A machine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration could not be read.
+    #[error("cannot read the configuration from file descriptor 3")]
+    ReadConfig(#[source] io::Error),
+    /// The configuration is not valid.
+    #[error("the configuration is not valid")]
+    ParseConfig(#[source] serde_json::Error),
+    /// A value of the configuration is not valid.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// A slot of the configuration has no file descriptor, or is named twice.
+    #[error("cannot use slot {slot}, named for the {purpose}")]
+    Slot {
+        /// Its number.
+        slot: u32,
+        /// What it is for.
+        purpose: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory could not be had.
+    #[error("cannot allocate {mib} MiB of guest memory")]
+    Memory {
+        /// The size asked for.
+        mib: u64,
+        /// Why not.
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// The kernel could not be loaded.
+    #[error("cannot load the kernel")]
+    Boot(#[from] boot::Error),
+    /// KVM lacks something this machine needs.
+    #[error("this host's KVM lacks {0}")]
+    KvmLacks(&'static str),
+    /// A call to KVM failed.
+    #[error("cannot {operation}")]
+    Kvm {
+        /// What was tried.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("cannot {operation}")]
+    System {
+        /// What was tried.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The bus has no room for another function.
+    #[error("the PCI bus is full: at most {0} functions")]
+    BusFull(usize),
+    /// The BAR window has no room for another BAR.
+    #[error("the PCI window has no room for a BAR of {0} bytes")]
+    WindowFull(u64),
+    /// A second machine in one process.
+    #[error("this process has a machine already")]
+    SecondMachine,
+}
+
+impl Error {
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        let text = match self {
+            Error::Boot(error) => return error.hint(),
+            Error::KvmLacks(_) => "mvm needs Linux 4.20 or newer with KVM; `mvm doctor` shows what this host has",
+            Error::Kvm { operation, .. } if operation.contains("open") => {
+                "is the KVM module loaded, and may you open /dev/kvm? See `mvm doctor`"
+            }
+            Error::Memory { .. } => "give the machine less memory, or free some on this host",
+            _ => return None,
+        };
+        Some(text.to_owned())
+    }
+
+    /// Wraps a failed KVM call.
+    pub(crate) fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+        move |error| Error::Kvm { operation, source: io::Error::from_raw_os_error(error.errno()) }
+    }
+
+    /// Wraps a failed system call.
+    pub(crate) fn system<E: Into<io::Error>>(operation: &'static str) -> impl Fn(E) -> Error {
+        move |error| Error::System { operation, source: error.into() }
+    }
+}
+
+/// Result of building a machine.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The texts of `error`'s sources, outermost first.
+pub(crate) fn causes(error: &dyn std::error::Error) -> Vec<String> {
+    std::iter::successors(error.source(), |error| error.source()).map(ToString::to_string).collect()
+}

@@ -1,0 +1,234 @@
+//! Starts a machine's process: for programs that open everything and hand it over.
+//!
+//! The child gets exactly the given descriptors, an empty environment, `/dev/null` as standard input and
+//! output, and nothing else: every other descriptor of the caller must be close-on-exec, as Rust's are.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::SigSet;
+use nix::sys::stat::Mode;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::config::{CONFIG_FD, FIRST_SLOT, FdSlot, LAST_SLOT, MAX_CONFIG_BYTES, MachineConfig};
+use crate::exit::Exit;
+use crate::fds::{duplicate_above, pidfd_open};
+use crate::status::Event;
+
+/// Name of the machine's program.
+pub const PROGRAM: &str = "mvm-vmm";
+/// Overrides where the program is looked for.
+pub const PROGRAM_VARIABLE: &str = "MVM_VMM";
+/// Where distributions put programs that are not called by hand.
+const LIBEXEC: [&str; 3] = ["/usr/local/libexec/mvm", "/usr/libexec/mvm", "/usr/lib/mvm"];
+/// Longest event line that is read.
+const MAX_EVENT_BYTES: u64 = 64 * 1024;
+
+/// A machine could not be started, or its process gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The program was not found.
+    #[error("cannot find {PROGRAM}: set {PROGRAM_VARIABLE}, or install it beside this program or in PATH")]
+    NotFound,
+    /// The configuration cannot be handed over.
+    #[error("the configuration has {0} bytes, and at most {MAX_CONFIG_BYTES} are accepted")]
+    ConfigTooLarge(usize),
+    /// More files than slots.
+    #[error("a machine takes at most {0} files")]
+    TooManyFiles(u32),
+    /// A system call failed.
+    #[error("cannot {0}")]
+    System(&'static str, #[source] io::Error),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// The descriptors a machine inherits, in order of slots.
+#[derive(Debug, Default)]
+pub struct Files(Vec<OwnedFd>);
+
+impl Files {
+    /// Adds a file; the slot goes into the configuration.
+    pub fn add(&mut self, file: impl Into<OwnedFd>) -> FdSlot {
+        self.0.push(file.into());
+        FdSlot(FIRST_SLOT.saturating_add(u32::try_from(self.0.len() - 1).unwrap_or(u32::MAX)))
+    }
+}
+
+/// What a machine's process is started with.
+#[derive(Debug)]
+pub struct Launch {
+    /// The machine. `status` is set by [`Launch::spawn`].
+    pub config: MachineConfig,
+    /// What the configuration's slots name.
+    pub files: Files,
+    /// Where the process's messages go; nowhere unless given.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// A machine's process. Dropping it leaves the process alone.
+#[derive(Debug)]
+pub struct Child {
+    /// Process identifier; valid until [`Child::wait`] returned.
+    pub pid: Pid,
+    /// Readable once the process has ended.
+    pub pidfd: OwnedFd,
+    /// What it tells.
+    pub events: Events,
+}
+
+/// How a machine's process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The machine ran and ended.
+    Exit(Exit),
+    /// The machine could not be started: its events or messages say why.
+    FailedToStart,
+    /// The process ended otherwise, by this exit code.
+    Code(i32),
+    /// The process was killed by this signal.
+    Signal(i32),
+}
+
+impl Launch {
+    /// Starts the process, by the program found as [`find_program`] says.
+    pub fn spawn(self) -> Result<Child> {
+        let program = find_program()?;
+        self.spawn_program(&program)
+    }
+
+    /// Starts `program` as the machine's process.
+    pub fn spawn_program(mut self, program: &Path) -> Result<Child> {
+        let (reader, writer) = io::pipe().map_err(|source| Error::System("make a pipe", source))?;
+        self.config.status = Some(self.files.add(writer));
+        let config = config_file(&self.config)?;
+        let pid = spawn(program, &config, &self.files, self.stderr.as_ref())?;
+        let pidfd = pidfd_open(pid).map_err(|source| Error::System("watch the machine's process", source))?;
+        Ok(Child { pid, pidfd, events: Events(BufReader::new(File::from(OwnedFd::from(reader)))) })
+    }
+}
+
+impl Child {
+    /// Waits for the process to end.
+    pub fn wait(&self) -> Result<Ended> {
+        loop {
+            match waitpid(self.pid, None::<WaitPidFlag>) {
+                Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::from_code(code)),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal as i32)),
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(Error::System("wait for the machine", error.into())),
+            }
+        }
+    }
+}
+
+impl Ended {
+    fn from_code(code: i32) -> Self {
+        match u8::try_from(code) {
+            Ok(Exit::FAILED_TO_START) => Ended::FailedToStart,
+            Ok(small) => Exit::from_code(small).map_or(Ended::Code(code), Ended::Exit),
+            Err(_) => Ended::Code(code),
+        }
+    }
+}
+
+/// The events of a machine, in order; ends with the process.
+#[derive(Debug)]
+pub struct Events(BufReader<File>);
+
+impl Events {
+    /// The descriptor that is readable when there is an event.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+impl Iterator for Events {
+    type Item = io::Result<Event>;
+
+    fn next(&mut self) -> Option<io::Result<Event>> {
+        let mut line = String::new();
+        match self.0.by_ref().take(MAX_EVENT_BYTES).read_line(&mut line) {
+            Ok(0) => None,
+            Ok(_) => Some(serde_json::from_str(&line).map_err(io::Error::other)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
+/// Looks for `mvm-vmm`: the variable [`PROGRAM_VARIABLE`], beside this program, in libexec, in `PATH`.
+pub fn find_program() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(PROGRAM_VARIABLE) {
+        return Ok(path.into());
+    }
+    let own = std::env::current_exe().ok();
+    let beside = own.as_deref().and_then(Path::parent).map(Path::to_path_buf);
+    // Tests and examples lie one directory below the programs they are built with.
+    let above = beside.as_deref().and_then(Path::parent).map(Path::to_path_buf);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    [beside, above]
+        .into_iter()
+        .flatten()
+        .chain(LIBEXEC.map(PathBuf::from))
+        .chain(std::env::split_paths(&path))
+        .map(|directory| directory.join(PROGRAM))
+        .find(|candidate| candidate.is_file())
+        .ok_or(Error::NotFound)
+}
+
+fn config_file(config: &MachineConfig) -> Result<OwnedFd> {
+    let text = serde_json::to_vec(config).map_err(|error| Error::System("write the configuration", error.into()))?;
+    if text.len() as u64 > MAX_CONFIG_BYTES {
+        return Err(Error::ConfigTooLarge(text.len()));
+    }
+    let failed = |source| Error::System("write the configuration", source);
+    let memfd = memfd_create(c"mvm-config", MFdFlags::MFD_CLOEXEC).map_err(|error| failed(error.into()))?;
+    let mut file = File::from(memfd);
+    file.write_all(&text).and_then(|()| io::Seek::rewind(&mut file)).map_err(failed)?;
+    Ok(file.into())
+}
+
+/// Starts the program with `config` as descriptor 3 and `files` from descriptor 4 on.
+fn spawn(program: &Path, config: &OwnedFd, files: &Files, stderr: Option<&OwnedFd>) -> Result<Pid> {
+    let failed = |source: nix::Error| Error::System("start the machine's process", source.into());
+    let sources: Vec<_> = std::iter::once(config).chain(&files.0).collect();
+    let first_free = CONFIG_FD + u32::try_from(sources.len()).unwrap_or(u32::MAX);
+    if first_free > LAST_SLOT {
+        return Err(Error::TooManyFiles(LAST_SLOT - FIRST_SLOT));
+    }
+    // Copies above every target: then no dup2 replaces a descriptor that a later one needs.
+    let floor = RawFd::try_from(first_free).unwrap_or(RawFd::MAX);
+    let copies = sources.iter().map(|fd| duplicate_above(fd, floor))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(|source| Error::System("copy a descriptor", source))?;
+
+    let mut actions = PosixSpawnFileActions::init().map_err(failed)?;
+    for (target, copy) in (3..).zip(&copies) {
+        actions.add_dup2(copy.as_raw_fd(), target).map_err(failed)?;
+    }
+    let errors = stderr
+        .map(|fd| duplicate_above(fd, floor))
+        .transpose()
+        .map_err(|source| Error::System("copy a descriptor", source))?;
+    if let Some(errors) = &errors {
+        actions.add_dup2(errors.as_raw_fd(), 2).map_err(failed)?;
+    }
+    for target in if errors.is_some() { 0..2 } else { 0..3 } {
+        actions.add_open(target, c"/dev/null", OFlag::O_RDWR, Mode::empty()).map_err(failed)?;
+    }
+
+    let mut attributes = PosixSpawnAttr::init().map_err(failed)?;
+    attributes.set_sigmask(&SigSet::empty()).map_err(failed)?;
+    attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK).map_err(failed)?;
+    let arguments = [std::ffi::CString::new(program.as_os_str().as_bytes())
+        .map_err(|error| Error::System("name the machine's program", error.into()))?];
+    posix_spawn(program, &actions, &attributes, &arguments, &[] as &[&CStr]).map_err(failed)
+}

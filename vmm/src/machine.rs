@@ -1,0 +1,130 @@
+//! A machine, from its configuration to its end.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::VcpuFd;
+use mvm_devices::memory::Memory;
+use mvm_devices::pci::host_bridge::HostBridge;
+use mvm_devices::serial::Serial;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::boot::{self, Entry, Images, Platform};
+use crate::bus::Bus;
+use crate::config::MachineConfig;
+use crate::cpuid::{self, Topology};
+use crate::ecam::Ecam;
+use crate::error::{Error, Result};
+use crate::fds::Slots;
+use crate::gate::Gate;
+use crate::kvm::{Vm, registers};
+use crate::memory;
+use crate::metrics::Counters;
+use crate::pci_bus::PciBus;
+use crate::status::{Stages, Stream, now};
+use crate::vcpu::{self, Running, Vcpu};
+
+/// A machine whose virtual CPUs have not started.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vcpus: Vec<Vcpu>,
+    /// What its CPUs see.
+    pub bus: Arc<Bus>,
+    /// Holds and ends them.
+    pub gate: Arc<Gate>,
+    /// Serial input, if there is any.
+    pub serial_input: Option<File>,
+}
+
+impl Machine {
+    /// Builds the machine. Guest memory comes before everything else in KVM, see [`crate::kvm`].
+    pub(crate) fn build(
+        config: &MachineConfig,
+        slots: &mut Slots,
+        status: &Arc<Stream>,
+        stages: &mut Stages,
+    ) -> Result<Self> {
+        let memory = memory::create(config.memory)?; // 1. RAM, where layout.rs says
+        let entry = load(config, slots, &memory)?; // 2. kernel, initial RAM disk, tables
+        stages.loaded_ns = now();
+
+        let ecam = Ecam::take()?;
+        let kvm = slots.take_for(config.kvm, "/dev/kvm")?;
+        let vm = Arc::new(Vm::new(kvm, memory, &ecam)?); // 3. a machine that has them
+        stages.vm_ns = now();
+
+        let mut pci = PciBus::new(Arc::clone(vm.fd()), ecam);
+        pci.add(Box::new(HostBridge::new()))?; // 4. devices
+        let (serial, serial_input) = serial(config, slots)?;
+        let bus = Arc::new(Bus::new(pci, serial, Arc::clone(status), Arc::new(Counters::default())));
+        stages.devices_ns = now();
+
+        let gate = Arc::new(Gate::new().map_err(Error::system("make an event"))?);
+        let vcpus = vcpus(&vm, config.cpus.get(), entry)? // 5. CPUs, pointed at the entry
+            .into_iter()
+            .map(|(id, fd)| Vcpu { id, fd, vm: Arc::clone(&vm), bus: Arc::clone(&bus), gate: Arc::clone(&gate) })
+            .collect();
+        stages.vcpus_ns = now();
+        Ok(Self { vcpus, bus, gate, serial_input })
+    }
+
+    /// Starts the virtual CPUs. The first one comes last, so that the others are there when it looks for them.
+    pub(crate) fn start(&mut self) -> Result<Vec<Running>> {
+        vcpu::install_kick_handler()?;
+        self.vcpus.drain(..).rev().map(Vcpu::start).collect()
+    }
+}
+
+fn load(config: &MachineConfig, slots: &mut Slots, memory: &Memory) -> Result<Entry> {
+    let kernel = File::from(slots.take_for(config.boot.kernel, "kernel")?);
+    let initrd = slots.take_optional(config.boot.initrd, "initial RAM disk")?.map(File::from);
+    let images = Images {
+        kernel: &kernel,
+        initrd: initrd.as_ref(),
+        cmdline: config.boot.cmdline.as_str(),
+        protocol: config.boot.protocol,
+    };
+    let platform = Platform { cpus: config.cpus.get(), serial: config.serial.is_some() };
+    Ok(boot::load(memory, config.memory.bytes(), &images, &platform)?)
+}
+
+type SerialPort = (Option<Arc<Mutex<Serial>>>, Option<File>);
+
+fn serial(config: &MachineConfig, slots: &mut Slots) -> Result<SerialPort> {
+    let Some(spec) = &config.serial else { return Ok((None, None)) };
+    let output = slots.take_for(spec.output, "serial output")?;
+    let input = slots.take_optional(spec.input, "serial input")?;
+    for fd in [Some(&output), input.as_ref()].into_iter().flatten() {
+        set_nonblocking(fd)?;
+    }
+    let serial = Serial::new(Box::new(File::from(output)));
+    Ok((Some(Arc::new(Mutex::new(serial))), input.map(File::from)))
+}
+
+/// Makes reads and writes of `fd` return rather than wait.
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
+    let flags = fcntl(fd.as_fd(), FcntlArg::F_GETFL).map_err(Error::system("read the flags of a file"))?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags)).map_err(Error::system("set the flags of a file"))?;
+    Ok(())
+}
+
+fn vcpus(vm: &Vm, count: u8, entry: Entry) -> Result<Vec<(u8, VcpuFd)>> {
+    let supported = vm.supported_cpuid()?;
+    let mut vcpus = Vec::with_capacity(count.into());
+    for id in 0..count {
+        let fd = vm.create_vcpu(id)?;
+        // A KVM that does not tell leaves the guest to ask kvmclock.
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        let topology = Topology { cpus: count, tsc_khz, tsc_deadline: vm.has_tsc_deadline_timer() };
+        let cpuid = cpuid::for_vcpu(&supported, topology, id)?;
+        fd.set_cpuid2(&cpuid).map_err(Error::kvm("set a virtual CPU's features"))?;
+        registers::set_msrs(&fd)?;
+        if id == 0 {
+            registers::set_entry(&fd, entry)?;
+        }
+        vcpus.push((id, fd));
+    }
+    Ok(vcpus)
+}

@@ -1,0 +1,100 @@
+//! A machine's process from `main` to its exit code.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::config::{MAX_CONFIG_BYTES, MachineConfig};
+use crate::error::{Error, Result, causes};
+use crate::exit::Exit;
+use crate::fds::{Slots, duplicate_above};
+use crate::log;
+use crate::machine::{Machine, set_nonblocking};
+use crate::status::{Event, Stages, Stream, now};
+use crate::supervisor::{Supervisor, block_signals};
+
+/// Descriptors the table has room for from the start: growing it once there are threads waits for a grace
+/// period in the host's kernel.
+const DESCRIPTORS: i32 = 255;
+
+/// Runs the machine that descriptor 3 describes. Returns the process's exit code.
+pub fn run() -> u8 {
+    let mut stages = Stages { entered_ns: now(), ..Stages::default() };
+    log::install(::log::LevelFilter::Warn);
+    let mut slots = Slots::default();
+    let config = match read_config(&mut slots) {
+        Ok(config) => config,
+        Err(error) => return fail(&error, &Stream::default()),
+    };
+    stages.config_ns = now();
+    let status = match status_stream(&config, &mut slots) {
+        Ok(status) => Arc::new(status),
+        Err(error) => return fail(&error, &Stream::default()),
+    };
+    match run_machine(&config, &mut slots, &status, stages) {
+        Ok(exit) => {
+            let code = exit.code();
+            if let Exit::InternalError { detail } = &exit {
+                complain(&format!("mvm-vmm: machine {:?} cannot go on\n  because: {detail}\n", config.id.as_str()));
+            }
+            status.send(&Event::Exit { exit, ns: now() });
+            code
+        }
+        Err(error) => fail(&error, &status),
+    }
+}
+
+fn run_machine(
+    config: &MachineConfig,
+    slots: &mut Slots,
+    status: &Arc<Stream>,
+    mut stages: Stages,
+) -> Result<Exit> {
+    let signals = block_signals()?;
+    let control = slots.take_optional(config.control, "control socket")?;
+    let mut machine = Machine::build(config, slots, status, &mut stages)?;
+    let vcpus = machine.start()?;
+    status.send(&Event::Started { stages });
+    Ok(Supervisor::new(config, machine, vcpus, &signals, control)?.run())
+}
+
+fn read_config(slots: &mut Slots) -> Result<MachineConfig> {
+    let fd = slots.take_config().map_err(Error::ReadConfig)?;
+    reserve_descriptors(&fd).map_err(Error::ReadConfig)?;
+    let mut text = Vec::new();
+    File::from(fd).take(MAX_CONFIG_BYTES).read_to_end(&mut text).map_err(Error::ReadConfig)?;
+    serde_json::from_slice(&text).map_err(Error::ParseConfig)
+}
+
+fn reserve_descriptors(any: &OwnedFd) -> std::io::Result<()> {
+    duplicate_above(any, DESCRIPTORS).map(drop)
+}
+
+fn status_stream(config: &MachineConfig, slots: &mut Slots) -> Result<Stream> {
+    let fd = slots.take_optional(config.status, "status stream")?;
+    if let Some(fd) = &fd {
+        set_nonblocking(fd)?;
+    }
+    Ok(Stream::new(fd.map(File::from)))
+}
+
+/// Says what went wrong, to the parent and to people.
+fn fail(error: &Error, status: &Stream) -> u8 {
+    let (message, because, help) = (error.to_string(), causes(error), error.hint());
+    let mut text = format!("mvm-vmm: {message}\n");
+    for cause in &because {
+        text.push_str(&format!("  because: {cause}\n"));
+    }
+    if let Some(help) = &help {
+        text.push_str(&format!("  help:    {help}\n"));
+    }
+    complain(&text);
+    status.send(&Event::Error { message, because, help });
+    Exit::FAILED_TO_START
+}
+
+fn complain(text: &str) {
+    // If nobody listens there is nobody to tell.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}

@@ -1,0 +1,28 @@
+//! Every bound of the protocol, by name. Both sides enforce them; none depends on the peer's word.
+
+/// Largest payload of a control frame, in bytes. Longer is an error before anything is allocated.
+pub const MAX_FRAME: usize = 1 << 20;
+/// Most a stream's pump holds between its two ends, in bytes.
+pub const STREAM_BUFFER: usize = 64 * 1024;
+/// Requests the host may have unanswered; the host's client refuses more.
+pub const MAX_IN_FLIGHT: usize = 64;
+/// Streams open at one time in one guest; more are refused as busy.
+pub const MAX_STREAMS: usize = 256;
+/// Processes the agent keeps a record of (running, or exited and not yet forgotten).
+pub const MAX_PROCESSES: usize = 256;
+/// Mounts in one request.
+pub const MAX_MOUNTS: usize = 128;
+/// Lower directories of one container root.
+pub const MAX_LAYERS: usize = 128;
+/// Container roots in one guest.
+pub const MAX_ROOTS: usize = 64;
+/// Longest id of a container root, in bytes.
+pub const MAX_ID: usize = 64;
+/// Longest text a guest may send (versions, error texts), in bytes; the host cuts what is longer.
+pub const MAX_GUEST_TEXT: usize = 4096;
+/// Unsent control bytes the agent keeps for a host that does not read, before it drops the connection.
+pub const MAX_UNSENT: usize = 4 * MAX_FRAME;
+/// Longest the agent waits between TERM and KILL at shutdown, whatever was asked, in milliseconds.
+pub const MAX_SHUTDOWN_MS: u32 = 60_000;
+/// Largest `/etc/passwd` or `/etc/group` of an image that is read to find a user, in bytes.
+pub const MAX_USER_DATABASE: usize = 1 << 20;

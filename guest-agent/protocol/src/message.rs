@@ -1,0 +1,188 @@
+//! The messages of the control connection. The order of variants is the wire format: append only.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Configure, ExitStatus, Hello, HelloAck, Mount, ProcessEntry, SetupRoot, SignalTarget, Stamp, Start,
+    WindowSize,
+};
+
+/// What the host sends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostMessage {
+    /// Answers [`GuestMessage::Hello`]; must come before any request, may share a write with them.
+    HelloAck(HelloAck),
+    /// Asks for something; the agent serves requests in the order they came.
+    Request {
+        /// Chosen by the host, never reused on a connection.
+        id: u64,
+        /// What is asked.
+        request: Request,
+    },
+}
+
+/// What the agent sends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestMessage {
+    /// Opens the connection.
+    Hello(Hello),
+    /// Answers the request of the same id, exactly once.
+    Response {
+        /// The request's id.
+        id: u64,
+        /// What came of it.
+        result: Result<Reply, Failure>,
+    },
+    /// Something happened that nobody asked about just now.
+    Event(Event),
+}
+
+/// What the host can ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Are you there? Answered with [`Reply::Done`].
+    Ping,
+    /// Make these mounts in the agent's own name space, in order, all or none.
+    Mount(Vec<Mount>),
+    /// Make a container's root file system and mount name space.
+    SetupRoot(SetupRoot),
+    /// Host name, network, resolver.
+    Configure(Configure),
+    /// Run a process. Answered with [`Reply::Started`] once its program runs.
+    Start(Start),
+    /// Send a signal. A process that has exited is [`FailureKind::NotFound`].
+    Signal {
+        /// The process, by the id it was started with.
+        process: u64,
+        /// The signal's number in Linux on this architecture.
+        signal: i32,
+        /// Who gets it.
+        target: SignalTarget,
+    },
+    /// The terminal's size has changed.
+    Resize {
+        /// The process, by the id it was started with.
+        process: u64,
+        /// Its terminal's new size.
+        size: WindowSize,
+    },
+    /// Close the process's standard input although its stream is still open.
+    CloseStdin {
+        /// The process, by the id it was started with.
+        process: u64,
+    },
+    /// Drop the record of a process that has exited; until then its exit is reported anew on each
+    /// control connection, so that a host that was away cannot miss it.
+    Forget {
+        /// The process, by the id it was started with.
+        process: u64,
+    },
+    /// All processes on record. Answered with [`Reply::Processes`].
+    List,
+    /// Memory and CPU. Answered with [`Reply::Stats`].
+    Stats,
+    /// Write all file systems to their disks. Answered when that is done; other requests overtake it.
+    Sync,
+    /// Stop everything, sync, unmount, and end the machine. Answered at once.
+    Shutdown {
+        /// How the machine ends.
+        mode: ShutdownMode,
+        /// Time between SIGTERM and SIGKILL, in milliseconds; at most [`crate::limits::MAX_SHUTDOWN_MS`].
+        grace_ms: u32,
+    },
+}
+
+/// How a machine ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ShutdownMode {
+    /// It powers off.
+    PowerOff,
+    /// It resets.
+    Reboot,
+}
+
+/// What a request gives when it works.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Nothing but that it was done.
+    Done,
+    /// The process runs its program.
+    Started {
+        /// Its number in the agent's PID name space.
+        pid: u32,
+    },
+    /// Every process on record.
+    Processes(Vec<ProcessEntry>),
+    /// The guest's use of its resources.
+    Stats(Stats),
+}
+
+/// Why a request did not work.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Which kind of failure, for programs.
+    pub kind: FailureKind,
+    /// The Linux error number, 0 when no system call failed.
+    pub errno: i32,
+    /// Operation and operand, for people; the error number's text is not repeated in it.
+    pub message: String,
+}
+
+/// What a program can tell failures apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The agent does not know the verb.
+    Unsupported,
+    /// The request contradicts itself or a limit.
+    Invalid,
+    /// The thing it names does not exist.
+    NotFound,
+    /// The thing it would make exists.
+    Exists,
+    /// A limit is reached; later it may work.
+    Busy,
+    /// A system call failed while the surroundings were set up.
+    System,
+    /// The program itself could not be executed: `ENOENT` not found, `EACCES` not executable.
+    Exec,
+}
+
+/// What the agent reports unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// A process has exited, and its output streams carry all it wrote, followed by end of file.
+    Exited {
+        /// The id it was started with.
+        process: u64,
+        /// How it ended.
+        status: ExitStatus,
+        /// When the agent reaped it.
+        at: Stamp,
+    },
+    /// The kernel killed processes of a container for want of memory.
+    OutOfMemory {
+        /// The container root's id.
+        root: String,
+        /// Kills in it since it was made.
+        kills: u64,
+    },
+}
+
+/// The guest's use of its resources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Memory the guest kernel manages, in bytes.
+    pub memory_total: u64,
+    /// Memory that could be had without swapping, in bytes.
+    pub memory_available: u64,
+    /// Page cache, in bytes.
+    pub memory_cached: u64,
+    /// CPU time in user mode over all CPUs, in nanoseconds.
+    pub cpu_user_ns: u64,
+    /// CPU time in the kernel over all CPUs, in nanoseconds.
+    pub cpu_system_ns: u64,
+    /// CPU time not given by the host, over all CPUs, in nanoseconds.
+    pub cpu_steal_ns: u64,
+    /// Processes on record that have not exited.
+    pub processes: u32,
+}

@@ -1,0 +1,162 @@
+//! P-22: decode∘encode is the identity, every prefix needs more, too long is refused before allocation,
+//! and a concatenation of frames is their sequence however it is cut.
+
+use mvm_protocol::*;
+use proptest::{collection::vec, prelude::*};
+
+fn text() -> impl Strategy<Value = String> {
+    "[ -~äß€]{0,40}"
+}
+
+fn start() -> impl Strategy<Value = Request> {
+    (any::<u64>(), vec(text(), 0..5), vec(text(), 0..5), text(), any::<[u64; 3]>(), any::<i16>()).prop_map(
+        |(process, args, env, cwd, tokens, oom_score_adj)| {
+            Request::Start(Start {
+                process,
+                root: (process % 2 == 0).then(|| cwd.clone()),
+                args,
+                env,
+                cwd: cwd.clone(),
+                user: User::Named(cwd),
+                stdio: Stdio::Pipes {
+                    stdin: Some(Token(tokens[0])),
+                    stdout: None,
+                    stderr: Some(Token(tokens[2])),
+                },
+                pid_namespace: PidNamespace::Join(tokens[1]),
+                oom_score_adj,
+            })
+        },
+    )
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    prop_oneof![
+        Just(Request::Ping),
+        Just(Request::List),
+        start(),
+        (any::<u64>(), any::<i32>()).prop_map(|(process, signal)| Request::Signal {
+            process,
+            signal,
+            target: SignalTarget::Group
+        }),
+        (any::<u64>(), any::<u16>(), any::<u16>()).prop_map(|(process, rows, columns)| Request::Resize {
+            process,
+            size: WindowSize { rows, columns }
+        }),
+        (text(), vec(text(), 0..4)).prop_map(|(id, layers)| Request::SetupRoot(SetupRoot {
+            id,
+            lower: layers.into_iter().map(Lower::Directory).collect(),
+            writable: Writable::Tmpfs { size: 1 },
+        })),
+    ]
+}
+
+fn message() -> impl Strategy<Value = HostMessage> {
+    (any::<u64>(), request()).prop_map(|(id, request)| HostMessage::Request { id, request })
+}
+
+fn decode_all(decoder: &mut Decoder) -> Vec<HostMessage> {
+    std::iter::from_fn(|| decoder.next().unwrap()).collect()
+}
+
+proptest! {
+    #[test]
+    fn what_was_encoded_is_decoded(message in message()) {
+        let mut decoder = Decoder::new();
+        decoder.push(&encode(&message).unwrap());
+        prop_assert_eq!(decode_all(&mut decoder), vec![message]);
+    }
+
+    #[test]
+    fn every_proper_prefix_of_a_frame_needs_more(message in message()) {
+        let frame = encode(&message).unwrap();
+        for end in 0..frame.len() {
+            let mut decoder = Decoder::new();
+            decoder.push(&frame[..end]);
+            prop_assert_eq!(decoder.next::<HostMessage>(), Ok(None));
+        }
+    }
+
+    #[test]
+    fn frames_arrive_in_order_however_the_bytes_are_cut(
+        messages in vec(message(), 0..8),
+        cuts in vec(1_usize..40, 1..20),
+    ) {
+        let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message).unwrap()).collect();
+        let mut decoder = Decoder::new();
+        let mut seen = Vec::new();
+        let mut rest = &bytes[..];
+        for size in cuts.iter().cycle() {
+            let (now, later) = rest.split_at((*size).min(rest.len()));
+            decoder.push(now);
+            seen.extend(decode_all(&mut decoder));
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        prop_assert_eq!(seen, messages);
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..400)) {
+        let mut host = Decoder::new();
+        host.push(&bytes);
+        while let Ok(Some(_)) = host.next::<HostMessage>() {}
+        let mut guest = Decoder::new();
+        guest.push(&bytes);
+        while let Ok(Some(_)) = guest.next::<GuestMessage>() {}
+        let _ = Hello::version_in(&bytes);
+    }
+
+    #[test]
+    fn a_frame_with_a_flipped_bit_never_panics(message in message(), at in any::<usize>(), bit in 0..8) {
+        let mut frame = encode(&message).unwrap();
+        let at = HEADER_LEN + at % (frame.len() - HEADER_LEN);
+        frame[at] ^= 1_u8 << bit;
+        let mut decoder = Decoder::new();
+        decoder.push(&frame);
+        let _ = decoder.next::<HostMessage>();
+    }
+}
+
+#[test]
+fn a_length_above_the_limit_is_refused_from_its_four_bytes_alone() {
+    for length in [limits::MAX_FRAME as u32 + 1, u32::MAX] {
+        let mut decoder = Decoder::new();
+        decoder.push(&length.to_le_bytes());
+        assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::TooLong(length)));
+    }
+}
+
+#[test]
+fn a_length_at_the_limit_waits_for_its_bytes() {
+    let mut decoder = Decoder::new();
+    decoder.push(&(limits::MAX_FRAME as u32).to_le_bytes());
+    assert_eq!(decoder.next::<HostMessage>(), Ok(None));
+}
+
+#[test]
+fn bytes_after_a_message_within_its_frame_are_refused() {
+    let mut frame = encode(&HostMessage::Request { id: 1, request: Request::Ping }).unwrap();
+    frame.push(0);
+    frame[0] += 1;
+    let mut decoder = Decoder::new();
+    decoder.push(&frame);
+    assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::Malformed));
+}
+
+#[test]
+fn an_empty_frame_is_refused() {
+    let mut decoder = Decoder::new();
+    decoder.push(&[0; HEADER_LEN]);
+    assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::Malformed));
+}
+
+#[test]
+fn a_message_larger_than_a_frame_is_not_encoded() {
+    let request =
+        Request::Configure(Configure { hosts: Some("x".repeat(limits::MAX_FRAME)), ..Configure::default() });
+    assert!(matches!(encode(&HostMessage::Request { id: 1, request }), Err(EncodeError::TooLong(_))));
+}

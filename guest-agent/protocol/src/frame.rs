@@ -93,13 +93,18 @@ impl Decoder {
     }
 
     /// The next message; `None` when more bytes are needed. After an error the connection is lost.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, DecodeError> {
+    pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<T>, DecodeError> {
         let Some(payload) = self.next_payload()? else {
             return Ok(None);
         };
-        match postcard::take_from_bytes(payload) {
-            Ok((message, [])) => Ok(Some(message)),
-            _ => Err(DecodeError::Malformed),
-        }
+        decode(payload).map(Some)
+    }
+}
+
+/// The message that is the whole of this payload.
+pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
+    match postcard::take_from_bytes(payload) {
+        Ok((message, [])) => Ok(message),
+        _ => Err(DecodeError::Malformed),
     }
 }

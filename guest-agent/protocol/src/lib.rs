@@ -27,7 +27,7 @@ mod root;
 mod setup;
 mod stream;
 
-pub use frame::{DecodeError, Decoder, EncodeError, HEADER_LEN, encode};
+pub use frame::{DecodeError, Decoder, EncodeError, HEADER_LEN, decode, encode};
 pub use hello::{Hello, HelloAck, Identity, MAGIC, StageTimes, Stamp, VERSION, Version};
 pub use message::{
     Event, Failure, FailureKind, GuestMessage, HostMessage, Reply, Request, ShutdownMode, Stats,

@@ -21,6 +21,17 @@ pub enum HostMessage {
     },
 }
 
+impl HostMessage {
+    /// The id of the request in a payload whose verb this build may not know, so that it can be refused
+    /// by name. `None` when it is no request.
+    pub fn request_id_in(payload: &[u8]) -> Option<u64> {
+        match postcard::take_from_bytes::<(u32, u64)>(payload) {
+            Ok(((1, id), _)) => Some(id),
+            _ => None,
+        }
+    }
+}
+
 /// What the agent sends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GuestMessage {

@@ -57,7 +57,7 @@ fn message() -> impl Strategy<Value = HostMessage> {
 }
 
 fn decode_all(decoder: &mut Decoder) -> Vec<HostMessage> {
-    std::iter::from_fn(|| decoder.next().unwrap()).collect()
+    std::iter::from_fn(|| decoder.next_message().unwrap()).collect()
 }
 
 proptest! {
@@ -74,7 +74,7 @@ proptest! {
         for end in 0..frame.len() {
             let mut decoder = Decoder::new();
             decoder.push(&frame[..end]);
-            prop_assert_eq!(decoder.next::<HostMessage>(), Ok(None));
+            prop_assert_eq!(decoder.next_message::<HostMessage>(), Ok(None));
         }
     }
 
@@ -103,10 +103,10 @@ proptest! {
     fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..400)) {
         let mut host = Decoder::new();
         host.push(&bytes);
-        while let Ok(Some(_)) = host.next::<HostMessage>() {}
+        while let Ok(Some(_)) = host.next_message::<HostMessage>() {}
         let mut guest = Decoder::new();
         guest.push(&bytes);
-        while let Ok(Some(_)) = guest.next::<GuestMessage>() {}
+        while let Ok(Some(_)) = guest.next_message::<GuestMessage>() {}
         let _ = Hello::version_in(&bytes);
     }
 
@@ -117,7 +117,7 @@ proptest! {
         frame[at] ^= 1_u8 << bit;
         let mut decoder = Decoder::new();
         decoder.push(&frame);
-        let _ = decoder.next::<HostMessage>();
+        let _ = decoder.next_message::<HostMessage>();
     }
 }
 
@@ -126,7 +126,7 @@ fn a_length_above_the_limit_is_refused_from_its_four_bytes_alone() {
     for length in [limits::MAX_FRAME as u32 + 1, u32::MAX] {
         let mut decoder = Decoder::new();
         decoder.push(&length.to_le_bytes());
-        assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::TooLong(length)));
+        assert_eq!(decoder.next_message::<HostMessage>(), Err(DecodeError::TooLong(length)));
     }
 }
 
@@ -134,7 +134,7 @@ fn a_length_above_the_limit_is_refused_from_its_four_bytes_alone() {
 fn a_length_at_the_limit_waits_for_its_bytes() {
     let mut decoder = Decoder::new();
     decoder.push(&(limits::MAX_FRAME as u32).to_le_bytes());
-    assert_eq!(decoder.next::<HostMessage>(), Ok(None));
+    assert_eq!(decoder.next_message::<HostMessage>(), Ok(None));
 }
 
 #[test]
@@ -144,14 +144,14 @@ fn bytes_after_a_message_within_its_frame_are_refused() {
     frame[0] += 1;
     let mut decoder = Decoder::new();
     decoder.push(&frame);
-    assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::Malformed));
+    assert_eq!(decoder.next_message::<HostMessage>(), Err(DecodeError::Malformed));
 }
 
 #[test]
 fn an_empty_frame_is_refused() {
     let mut decoder = Decoder::new();
     decoder.push(&[0; HEADER_LEN]);
-    assert_eq!(decoder.next::<HostMessage>(), Err(DecodeError::Malformed));
+    assert_eq!(decoder.next_message::<HostMessage>(), Err(DecodeError::Malformed));
 }
 
 #[test]

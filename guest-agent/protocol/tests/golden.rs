@@ -177,7 +177,7 @@ impl Fixture {
         fn decode<T: DeserializeOwned + Debug>(bytes: &[u8]) -> String {
             let mut decoder = Decoder::new();
             decoder.push(bytes);
-            format!("{:?}", decoder.next::<T>().unwrap().unwrap())
+            format!("{:?}", decoder.next_message::<T>().unwrap().unwrap())
         }
         Self { name, frame: encode(message).unwrap(), shown: format!("{message:?}"), decode: decode::<T> }
     }
@@ -241,4 +241,13 @@ fn the_version_of_a_hello_is_readable_whatever_follows_it() {
     assert_eq!(Hello::version_in(&payload[..6]), None);
     assert_eq!(Hello::version_in(b"GET / HTTP/1.1"), None);
     assert_eq!(Hello::version_in(&[]), None);
+}
+
+#[test]
+fn the_id_of_a_request_is_readable_although_its_verb_is_unknown() {
+    let mut frame = encode(&HostMessage::Request { id: 300, request: Request::Ping }).unwrap();
+    *frame.last_mut().unwrap() = 0x7f;
+    assert_eq!(decode::<HostMessage>(&frame[HEADER_LEN..]), Err(DecodeError::Malformed));
+    assert_eq!(HostMessage::request_id_in(&frame[HEADER_LEN..]), Some(300));
+    assert_eq!(HostMessage::request_id_in(&encode(&hello_ack()).unwrap()[HEADER_LEN..]), None);
 }

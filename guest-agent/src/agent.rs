@@ -1,0 +1,329 @@
+//! The event loop: control connection, signals, streams, and the little that has a deadline.
+
+use std::time::{Duration, Instant};
+
+use mvm_protocol::{CONTROL_PORT, Event, GuestMessage, HostMessage, MAGIC, StageTimes, Stamp, VERSION};
+use nix::{
+    errno::Errno,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        prctl::set_child_subreaper,
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+    unistd::Pid,
+};
+
+use crate::{
+    boot::{self, Role},
+    clock,
+    containers::Containers,
+    control::{Control, Incoming, Lost},
+    dial::Dialer,
+    error::{Context, Result},
+    identity, kmsg,
+    process::set_nonblocking,
+    shutdown::Shutdown,
+    streams::{Streams, slot_of},
+    sys,
+    table::Table,
+};
+
+const SIGNALS: u64 = 1;
+const CONTROL: u64 = 2;
+/// Keys of the roots' memory events, by index.
+pub(crate) const ROOTS: u64 = 16;
+
+/// Longest pause between two attempts to reach a host that went away.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// Everything the agent knows.
+pub(crate) struct Agent {
+    pub(crate) role: Role,
+    pub(crate) dialer: Box<dyn Dialer>,
+    pub(crate) epoll: Epoll,
+    pub(crate) containers: Containers,
+    pub(crate) table: Table,
+    pub(crate) streams: Streams,
+    /// Children that sync, with the request that waits for each.
+    pub(crate) syncs: Vec<(Pid, u64)>,
+    pub(crate) shutdown: Option<Shutdown>,
+    signals: SignalFd,
+    link: Link,
+    connections: u32,
+    stages: StageTimes,
+}
+
+/// Whether the host can be talked to.
+enum Link {
+    Up { control: Control, interest: EpollFlags },
+    Down { next: Instant, pause: Duration },
+}
+
+impl Agent {
+    /// An agent that has not dialled yet.
+    pub(crate) fn new(role: Role, dialer: Box<dyn Dialer>) -> Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context(|| "cannot make an epoll".into())?;
+        let mut mask = SigSet::empty();
+        [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|it| mask.add(it));
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let signals = SignalFd::with_flags(&mask, flags).context(|| "cannot make a signalfd".into())?;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS);
+        epoll.add(&signals, event).context(|| "cannot watch signals".into())?;
+        if role == Role::Guest {
+            set_child_subreaper(true).context(|| "cannot adopt orphans".into())?;
+        }
+        Ok(Self {
+            role,
+            dialer,
+            epoll,
+            containers: Containers::new(role),
+            table: Table::default(),
+            streams: Streams::new(),
+            syncs: Vec::new(),
+            shutdown: None,
+            signals,
+            link: Link::Down { next: Instant::now(), pause: Duration::ZERO },
+            connections: 0,
+            stages: StageTimes::default(),
+        })
+    }
+
+    /// Dials, says hello, then serves for ever.
+    pub(crate) fn run(mut self, agent_start: Stamp, mounts_done: Stamp) -> ! {
+        self.stages = StageTimes { agent_start, mounts_done, dialled: mounts_done };
+        if let Err(error) = self.dial() {
+            boot::give_up(&format!("cannot reach the host: {error}"));
+        }
+        boot::late(self.role);
+        let mut events = [EpollEvent::empty(); 32];
+        loop {
+            let count = match self.epoll.wait(&mut events, self.timeout()) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(errno) => boot::give_up(&format!("cannot wait for events: {errno}")),
+            };
+            for event in &events[..count] {
+                self.serve(event.data(), event.events());
+            }
+            self.keep_deadlines();
+            self.watch_control();
+        }
+    }
+
+    fn serve(&mut self, key: u64, events: EpollFlags) {
+        match key {
+            SIGNALS => self.serve_signals(),
+            CONTROL => {
+                if self.serve_control(events).is_err() {
+                    self.hang_up();
+                }
+            }
+            key => match slot_of(key) {
+                Some(slot) => {
+                    if let Some(process) = self.streams.turn(&self.epoll, slot) {
+                        let event = self.table.output_ended(process);
+                        self.emit(event);
+                    }
+                }
+                None => self.serve_memory_event(key),
+            },
+        }
+    }
+
+    fn serve_memory_event(&mut self, key: u64) {
+        let index = usize::try_from(key.saturating_sub(ROOTS)).unwrap_or(usize::MAX);
+        let Some((id, cgroup)) = self.containers.cgroup(index) else {
+            return;
+        };
+        let event = cgroup.new_kills().map(|kills| Event::OutOfMemory { root: id.to_owned(), kills });
+        self.emit(event);
+    }
+
+    fn serve_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            // PID 1 ends when the host says so; a trial run also when its user does.
+            if self.role == Role::Guest && i32::try_from(signal.ssi_signo) != Ok(libc::SIGCHLD) {
+                self.leave();
+            }
+        }
+        while let Ok(Some((pid, status))) = sys::reap() {
+            self.child_ended(pid, status);
+        }
+    }
+
+    fn child_ended(&mut self, pid: Pid, status: mvm_protocol::ExitStatus) {
+        if let Some(at) = self.syncs.iter().position(|(it, _)| *it == pid) {
+            let (_, id) = self.syncs.swap_remove(at);
+            return self.respond(id, Ok(mvm_protocol::Reply::Done));
+        }
+        let Some(process) = self.table.reaped(pid, status, clock::now()) else {
+            return;
+        };
+        for _ in 0..self.streams.drain(&self.epoll, process) {
+            let event = self.table.output_ended(process);
+            self.emit(event);
+        }
+        let event = self.table.report(process);
+        self.emit(event);
+    }
+
+    fn serve_control(&mut self, events: EpollFlags) -> Result<(), Lost> {
+        if events.contains(EpollFlags::EPOLLOUT)
+            && let Link::Up { control, .. } = &mut self.link
+        {
+            control.flush()?;
+        }
+        loop {
+            let Link::Up { control, .. } = &mut self.link else {
+                return Ok(());
+            };
+            match control.next_message()? {
+                Some(Incoming::Unknown { id }) => self.respond(id, Err(crate::error::Error::Unsupported)),
+                Some(Incoming::Message(message)) => self.serve_message(*message)?,
+                None if control.receive()? => {}
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn serve_message(&mut self, message: HostMessage) -> Result<(), Lost> {
+        let Link::Up { control, .. } = &mut self.link else {
+            return Err(Lost);
+        };
+        match message {
+            HostMessage::HelloAck(ack) => {
+                if ack.magic != MAGIC || ack.version.major != VERSION.major || control.greeted {
+                    kmsg::say("control connection dropped: the host speaks another protocol");
+                    return Err(Lost);
+                }
+                control.greeted = true;
+                identity::assume(&ack.identity, self.role);
+                for event in self.table.unforgotten() {
+                    self.emit(Some(event));
+                }
+            }
+            HostMessage::Request { .. } if !control.greeted => {
+                kmsg::say("control connection dropped: a request came before the hello");
+                return Err(Lost);
+            }
+            HostMessage::Request { id, request } => {
+                if let Some(result) = self.handle(id, request) {
+                    self.respond(id, result);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a request.
+    pub(crate) fn respond(&mut self, id: u64, result: Result<mvm_protocol::Reply>) {
+        self.send(&GuestMessage::Response { id, result: result.map_err(Into::into) });
+    }
+
+    /// Reports an event, if there is one and a host to hear it. A lost exit is repeated later.
+    fn emit(&mut self, event: Option<Event>) {
+        if let (Some(event), Link::Up { control: Control { greeted: true, .. }, .. }) = (event, &self.link) {
+            self.send(&GuestMessage::Event(event));
+        }
+    }
+
+    fn send(&mut self, message: &GuestMessage) {
+        if let Link::Up { control, .. } = &mut self.link
+            && control.send(message).is_err()
+        {
+            self.hang_up();
+        }
+    }
+
+    /// Opens the control connection and says hello.
+    fn dial(&mut self) -> Result<()> {
+        let socket = self.dialer.dial(CONTROL_PORT).context(|| "cannot dial the control port".into())?;
+        set_nonblocking(std::os::fd::AsFd::as_fd(&socket))?;
+        if self.connections == 0 {
+            self.stages.dialled = clock::now();
+        }
+        let hello = identity::hello(self.connections, self.stages);
+        self.connections = self.connections.saturating_add(1);
+        let control = Control::new(socket);
+        let interest = EpollFlags::EPOLLIN;
+        let event = EpollEvent::new(interest, CONTROL);
+        self.epoll.add(control.socket(), event).context(|| "cannot watch the control connection".into())?;
+        self.link = Link::Up { control, interest };
+        self.send(&GuestMessage::Hello(hello));
+        Ok(())
+    }
+
+    /// Closes the control connection; it is dialled anew soon.
+    fn hang_up(&mut self) {
+        if let Link::Up { control, .. } = &self.link {
+            let _ = self.epoll.delete(control.socket());
+            // A host that answered may be back at once, one that did not is not hurried.
+            let pause = if control.greeted { Duration::ZERO } else { MAX_PAUSE };
+            self.link = Link::Down { next: Instant::now() + pause, pause };
+        }
+    }
+
+    fn redial(&mut self) {
+        let Link::Down { next, pause } = self.link else {
+            return;
+        };
+        if Instant::now() < next || self.dial().is_ok() {
+            return;
+        }
+        if self.role == Role::Guest {
+            self.leave();
+        }
+        let pause = (pause * 2).clamp(Duration::from_millis(10), MAX_PAUSE);
+        self.link = Link::Down { next: Instant::now() + pause, pause };
+    }
+
+    /// A trial run ends and takes its processes with it.
+    fn leave(&mut self) -> ! {
+        self.signal_all(libc::SIGKILL);
+        self.containers.unmount_all();
+        std::process::exit(0)
+    }
+
+    /// Watches the control connection for room to write only while something waits to be written.
+    fn watch_control(&mut self) {
+        let Link::Up { control, interest } = &mut self.link else {
+            return;
+        };
+        let mut wanted = EpollFlags::EPOLLIN;
+        wanted.set(EpollFlags::EPOLLOUT, control.has_unsent());
+        if wanted != *interest
+            && self.epoll.modify(control.socket(), &mut EpollEvent::new(wanted, CONTROL)).is_ok()
+        {
+            *interest = wanted;
+        }
+    }
+
+    fn keep_deadlines(&mut self) {
+        self.redial();
+        self.advance_shutdown();
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let redial = match self.link {
+            Link::Down { next, .. } => Some(next),
+            Link::Up { .. } => None,
+        };
+        let deadline = redial.into_iter().chain(self.shutdown.as_ref().map(|it| it.deadline)).min();
+        let Some(deadline) = deadline else {
+            return EpollTimeout::NONE;
+        };
+        // Rounded up, or the loop would turn idly through the last millisecond.
+        let wait = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+        u16::try_from(wait).unwrap_or(u16::MAX).into()
+    }
+
+    /// The connection to the host, if there is one, taken out of the loop.
+    pub(crate) fn take_control(&mut self) -> Option<Control> {
+        let down = Link::Down { next: Instant::now() + MAX_PAUSE, pause: MAX_PAUSE };
+        match std::mem::replace(&mut self.link, down) {
+            Link::Up { control, .. } => Some(control),
+            Link::Down { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What each request does.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use mvm_protocol::{PidNamespace, Reply, Request, STREAM_PORT, SignalTarget, Start, StreamHeader, Token};
+use nix::{
+    sys::epoll::{EpollEvent, EpollFlags},
+    unistd::Pid,
+};
+
+use crate::{
+    agent::{Agent, ROOTS},
+    dial::Dialer,
+    error::{Context, Error, Result},
+    kmsg,
+    process::{self, StdioFiles, Surroundings, environment, set_nonblocking},
+    shutdown::Shutdown,
+    spawn::{PidSpace, Program, Report, await_exec, launch},
+    stats,
+    step::Linux,
+    streams::{Kind, Stream},
+    sys, user,
+};
+
+impl Agent {
+    /// Serves a request; `None` when the answer comes later.
+    pub(crate) fn handle(&mut self, id: u64, request: Request) -> Option<Result<Reply>> {
+        let done = |result: Result<()>| result.map(|()| Reply::Done);
+        Some(match request {
+            Request::Ping => Ok(Reply::Done),
+            Request::Mount(mounts) => done(self.containers.storage.mount_all(&mut Linux, &mounts)),
+            Request::SetupRoot(root) => done(self.set_up_root(&root)),
+            Request::Configure(configure) => done(self.configure(&configure)),
+            Request::Start(start) => self.start(&start),
+            Request::Signal { process, signal, target } => done(self.signal(process, signal, target)),
+            Request::Resize { process, size } => done(self.streams.resize(process, size)),
+            Request::CloseStdin { process } => {
+                self.streams.close_input(&self.epoll, process);
+                Ok(Reply::Done)
+            }
+            Request::Forget { process } => done(self.table.forget(process)),
+            Request::List => Ok(Reply::Processes(self.table.entries())),
+            Request::Stats => Ok(Reply::Stats(stats::read(self.table.all_running().count()))),
+            Request::Sync => match self.sync(id) {
+                Ok(()) => return None,
+                Err(error) => Err(error),
+            },
+            Request::Shutdown { mode, grace_ms } => {
+                self.shutdown = Some(Shutdown::begin(mode, grace_ms));
+                self.signal_all(libc::SIGTERM);
+                Ok(Reply::Done)
+            }
+        })
+    }
+
+    fn set_up_root(&mut self, request: &mvm_protocol::SetupRoot) -> Result<()> {
+        let index = self.containers.set_up(request)?;
+        if let Some((_, cgroup)) = self.containers.cgroup(index)
+            && let Some(events) = &cgroup.events
+        {
+            let event = EpollEvent::new(EpollFlags::EPOLLPRI, ROOTS.saturating_add(index as u64));
+            if let Err(errno) = self.epoll.add(events, event) {
+                kmsg::say(&format!("cannot watch memory events: {errno}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn configure(&mut self, request: &mvm_protocol::Configure) -> Result<()> {
+        if let Some(hostname) = &request.hostname {
+            nix::unistd::sethostname(hostname)
+                .context(|| format!("cannot set the host name to {hostname}"))?;
+        }
+        self.containers.configure(request);
+        Ok(())
+    }
+
+    fn start(&mut self, start: &Start) -> Result<Reply> {
+        if self.shutdown.is_some() {
+            return Err(Error::Busy("the guest is shutting down"));
+        }
+        process::check(start)?;
+        self.table.check_free(start.process)?;
+        let root = start.root.as_deref().map(|id| self.containers.root(id)).transpose()?;
+        let directory = match root {
+            Some(root) => root.directory.try_clone(),
+            None => File::open("/").map(OwnedFd::from),
+        };
+        let directory = directory.context(|| "cannot open the root directory".into())?;
+        let account = user::resolve(&start.user, directory.as_fd())?;
+        let program = Program::new(&start.args, &environment(start, &account))?;
+        let mut stdio = StdioFiles::new(&start.stdio, directory.as_fd())?;
+        self.streams.check_room(stdio.outer.len())?;
+        let space = match start.pid_namespace {
+            PidNamespace::Agent => PidSpace::Agent,
+            PidNamespace::New => PidSpace::New,
+            PidNamespace::Join(process) => PidSpace::of(self.table.running(process)?)?,
+        };
+        let ends = std::mem::take(&mut stdio.outer);
+        let streams = connect(&*self.dialer, start.process, ends)?;
+
+        let surroundings = Surroundings {
+            root,
+            cgroup: root.and_then(|root| root.cgroup.as_ref()).map(|cgroup| &cgroup.processes),
+            mount_proc: root.is_some_and(|root| !root.has_proc || matches!(space, PidSpace::New)),
+        };
+        let report = Report::new()?;
+        let steps = process::steps(start, &account, &surroundings, &stdio, report.writer())?;
+        let pid = launch(&steps, &program, &report, &space)?;
+        await_exec(pid, &steps, &program, report)?;
+
+        if let Some(id) = &start.root {
+            self.containers.note_proc(id);
+        }
+        let outputs = streams.iter().filter(|stream| stream.kind != Kind::Input).count();
+        self.table.started(start.process, pid, start.root.clone(), outputs);
+        streams.into_iter().for_each(|stream| self.streams.add(&self.epoll, stream));
+        Ok(Reply::Started { pid: pid.as_raw().unsigned_abs() })
+    }
+
+    fn signal(&mut self, process: u64, signal: i32, target: SignalTarget) -> Result<()> {
+        if !(0..=64).contains(&signal) {
+            return Err(Error::Invalid(format!("there is no signal {signal}")));
+        }
+        let pid = self.table.running(process)?;
+        // Every process started here leads a session, so its group has its number.
+        let group = Pid::from_raw(-pid.as_raw());
+        let sent = match target {
+            SignalTarget::Process => sys::kill(pid, signal),
+            SignalTarget::Group => sys::kill(group, signal),
+            SignalTarget::Everyone => {
+                let root = self.table.root_of(process).map(|id| self.containers.root(id)).transpose()?;
+                match root.and_then(|root| root.cgroup.as_ref()) {
+                    Some(cgroup) => cgroup.signal(signal),
+                    None => sys::kill(group, signal),
+                }
+            }
+        };
+        sent.context(|| format!("cannot send signal {signal} to process {process}"))
+    }
+
+    /// Syncs in a child, because it may take long and the loop must not.
+    fn sync(&mut self, id: u64) -> Result<()> {
+        match sys::fork().context(|| "cannot fork".into())? {
+            None => {
+                nix::unistd::sync();
+                sys::exit_now(0)
+            }
+            Some(pid) => {
+                self.syncs.push((pid, id));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Opens each stream's connection to the host.
+fn connect(dialer: &dyn Dialer, process: u64, ends: Vec<(Kind, u64, OwnedFd)>) -> Result<Vec<Stream>> {
+    ends.into_iter()
+        .map(|(kind, token, end)| {
+            let socket = dialer.dial(STREAM_PORT).context(|| "cannot dial the stream port".into())?;
+            let mut file = File::from(socket);
+            file.write_all(&StreamHeader { token: Token(token) }.encode())
+                .context(|| "cannot open a stream to the host".into())?;
+            set_nonblocking(file.as_fd())?;
+            Ok(Stream { process, kind, socket: file.into(), end })
+        })
+        .collect()
+}

@@ -1,0 +1,266 @@
+//! File systems in the agent's own name space: disks found by their virtio serial, tmpfs, overlays.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use mvm_protocol::{DiskFilesystem, Lower, Mount, MountSource, Writable, limits};
+use nix::mount::{MntFlags, MsFlags, umount2};
+
+use crate::{
+    error::{Context, Error, Result},
+    spawn::c_string,
+    step::{Kernel, MountCall, Step},
+};
+
+/// Longest virtio serial (virtio 1.2 §5.2.6.1).
+const MAX_SERIAL: usize = 20;
+
+/// What the agent has mounted for containers, so that a disk is mounted once and all of it is unmounted.
+pub(crate) struct Storage {
+    /// Where everything is mounted: `/run/mvm` in a guest.
+    base: PathBuf,
+    /// Where the kernel lists block devices: `/sys/block`.
+    sys_block: PathBuf,
+    /// Disks that are mounted: serial, directory, read-only.
+    disks: Vec<(String, String, bool)>,
+    /// All mount points, in the order they were made.
+    mounted: Vec<String>,
+}
+
+impl Storage {
+    /// Nothing mounted yet.
+    pub(crate) fn new(base: PathBuf, sys_block: PathBuf) -> Self {
+        Self { base, sys_block, disks: Vec::new(), mounted: Vec::new() }
+    }
+
+    /// Makes mounts in order; if one fails those made before it are undone.
+    pub(crate) fn mount_all(&mut self, kernel: &mut dyn Kernel, mounts: &[Mount]) -> Result<()> {
+        if mounts.len() > limits::MAX_MOUNTS {
+            return Err(Error::Invalid("more mounts than are allowed".into()));
+        }
+        let before = self.mark();
+        let result = mounts.iter().try_for_each(|mount| self.mount_one(kernel, mount));
+        if result.is_err() {
+            self.unmount_down_to(before);
+        }
+        result
+    }
+
+    fn mount_one(&mut self, kernel: &mut dyn Kernel, mount: &Mount) -> Result<()> {
+        let below = Path::new(&mount.target).strip_prefix(&self.base).ok();
+        let plain =
+            |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !below.is_some_and(|below| plain(below) && below.as_os_str() != "") {
+            return Err(Error::Invalid(format!("mount target {} is not below /run/mvm", mount.target)));
+        }
+        let flags = if mount.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        match &mount.source {
+            MountSource::Disk { serial, filesystem } => {
+                let device = self.find_disk(serial)?;
+                self.mount(kernel, &disk_call(&device, &mount.target, *filesystem, flags)?)
+            }
+            MountSource::Tmpfs { size } => self.mount(kernel, &tmpfs_call(&mount.target, *size, flags)?),
+            MountSource::Overlay { lower, upper } => {
+                let upper = upper.as_ref().map(|(upper, work)| (upper.as_str(), work.as_str()));
+                self.mount(kernel, &overlay_call(&mount.target, lower, upper)?)
+            }
+        }
+    }
+
+    /// Lays a container's root over its layers; the directory it is mounted at.
+    pub(crate) fn mount_root(
+        &mut self,
+        kernel: &mut dyn Kernel,
+        id: &str,
+        lower: &[Lower],
+        writable: &Writable,
+    ) -> Result<String> {
+        if lower.is_empty() || lower.len() > limits::MAX_LAYERS {
+            return Err(Error::Invalid("a root needs between 1 and 128 layers".into()));
+        }
+        let before = self.mark();
+        let result = self.lay_root(kernel, id, lower, writable);
+        if result.is_err() {
+            self.unmount_down_to(before);
+        }
+        result
+    }
+
+    fn lay_root(
+        &mut self,
+        kernel: &mut dyn Kernel,
+        id: &str,
+        lower: &[Lower],
+        writable: &Writable,
+    ) -> Result<String> {
+        let layers: Vec<String> =
+            lower.iter().map(|layer| self.layer(kernel, layer)).collect::<Result<_>>()?;
+        let target = self.path(&format!("root/{id}"));
+        let upper = match writable {
+            Writable::No => None,
+            Writable::Tmpfs { size } => {
+                let upper = self.path(&format!("upper/{id}"));
+                self.mount(kernel, &tmpfs_call(&upper, *size, MsFlags::empty())?)?;
+                Some(upper)
+            }
+            Writable::Disk { serial } => {
+                Some(self.disk(kernel, serial, DiskFilesystem::Ext4, MsFlags::empty())?)
+            }
+        };
+        let call = match (upper, layers.as_slice()) {
+            (None, [only]) => bind_call(only, &target)?,
+            (None, layers) => overlay_call(&target, layers, None)?,
+            (Some(directory), layers) => {
+                let (upper, work) = (format!("{directory}/upper"), format!("{directory}/work"));
+                for made in [&upper, &work] {
+                    let step = Step::MakeDirectory { path: c_string(made)?, mode: 0o755 };
+                    kernel.perform(&step).context(|| step.to_string())?;
+                }
+                overlay_call(&target, layers, Some((&upper, &work)))?
+            }
+        };
+        self.mount(kernel, &call)?;
+        if call.flags.contains(MsFlags::MS_BIND) {
+            // A bind mount takes its flags only when it is mounted again.
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            let step = Step::Mount(MountCall { flags, ..call });
+            kernel.perform(&step).context(|| step.to_string())?;
+        }
+        Ok(target)
+    }
+
+    fn layer(&mut self, kernel: &mut dyn Kernel, layer: &Lower) -> Result<String> {
+        match layer {
+            Lower::Disk { serial, filesystem } => self.disk(kernel, serial, *filesystem, MsFlags::MS_RDONLY),
+            Lower::Directory(path) => Ok(path.clone()),
+        }
+    }
+
+    /// The directory a disk is mounted at. The name is short because all layers of an overlay must fit
+    /// in one page of options.
+    fn disk(
+        &mut self,
+        kernel: &mut dyn Kernel,
+        serial: &str,
+        filesystem: DiskFilesystem,
+        flags: MsFlags,
+    ) -> Result<String> {
+        let read_only = flags.contains(MsFlags::MS_RDONLY);
+        if let Some((_, directory, how)) = self.disks.iter().find(|(it, ..)| it == serial) {
+            return match *how == read_only {
+                true => Ok(directory.clone()),
+                false => Err(Error::Invalid(format!("disk {serial} is both a layer and writable"))),
+            };
+        }
+        let device = self.find_disk(serial)?;
+        let directory = self.path(&format!("d/{}", self.mounted.len()));
+        self.mount(kernel, &disk_call(&device, &directory, filesystem, flags)?)?;
+        self.disks.push((serial.to_owned(), directory.clone(), read_only));
+        Ok(directory)
+    }
+
+    fn mount(&mut self, kernel: &mut dyn Kernel, call: &MountCall) -> Result<()> {
+        let target = call.target.to_string_lossy().into_owned();
+        fs::create_dir_all(&target).context(|| format!("cannot make directory {target}"))?;
+        let step = Step::Mount(call.clone());
+        kernel.perform(&step).context(|| step.to_string())?;
+        self.mounted.push(target);
+        Ok(())
+    }
+
+    /// The device whose virtio serial is this. Names like vda follow the order of probing and mean
+    /// nothing.
+    fn find_disk(&self, serial: &str) -> Result<String> {
+        if serial.is_empty() || serial.len() > MAX_SERIAL {
+            return Err(Error::Invalid(format!("disk serial {serial:?} is not 1 to 20 bytes")));
+        }
+        let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
+        disks
+            .flatten()
+            .find(|disk| fs::read(disk.path().join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes()))
+            .and_then(|disk| disk.file_name().into_string().ok())
+            .map(|name| format!("/dev/{name}"))
+            .ok_or_else(|| Error::NotFound(format!("no disk has the serial {serial}")))
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.base.join(name).to_string_lossy().into_owned()
+    }
+
+    /// How much is mounted, to come back to.
+    pub(crate) fn mark(&self) -> usize {
+        self.mounted.len()
+    }
+
+    /// Unmounts what was mounted since a mark, the newest first.
+    pub(crate) fn unmount_down_to(&mut self, keep: usize) {
+        for target in self.mounted.drain(keep.min(self.mounted.len())..).rev() {
+            if umount2(target.as_str(), MntFlags::empty()).is_err() {
+                let _ = umount2(target.as_str(), MntFlags::MNT_DETACH);
+            }
+            self.disks.retain(|(_, directory, _)| *directory != target);
+        }
+    }
+}
+
+/// The text of a sysfs file without its end.
+fn trim(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().position(|&byte| byte == 0 || byte == b'\n').unwrap_or(bytes.len());
+    &bytes[..end]
+}
+
+fn disk_call(device: &str, target: &str, filesystem: DiskFilesystem, flags: MsFlags) -> Result<MountCall> {
+    let (kind, data) = match filesystem {
+        DiskFilesystem::Erofs => (c"erofs", c""),
+        DiskFilesystem::Ext4 => (c"ext4", c""),
+    };
+    // EROFS has no other mode, and says so when it is asked for one.
+    let flags = if filesystem == DiskFilesystem::Erofs { flags | MsFlags::MS_RDONLY } else { flags };
+    Ok(MountCall {
+        source: c_string(device)?,
+        target: c_string(target)?,
+        kind: kind.into(),
+        flags,
+        data: data.into(),
+    })
+}
+
+fn tmpfs_call(target: &str, size: u64, flags: MsFlags) -> Result<MountCall> {
+    let data = if size == 0 { "mode=0755".to_owned() } else { format!("mode=0755,size={size}") };
+    Ok(MountCall::of(c"tmpfs", c_string(target)?, flags, &c_string(&data)?))
+}
+
+fn bind_call(source: &str, target: &str) -> Result<MountCall> {
+    Ok(MountCall {
+        source: c_string(source)?,
+        target: c_string(target)?,
+        kind: c"none".into(),
+        flags: MsFlags::MS_BIND,
+        data: c"".into(),
+    })
+}
+
+fn overlay_call(target: &str, lower: &[String], upper: Option<(&str, &str)>) -> Result<MountCall> {
+    let paths =
+        lower.iter().map(String::as_str).chain(upper.iter().flat_map(|(upper, work)| [*upper, *work]));
+    for path in paths {
+        if !path.starts_with('/') || path.contains([':', ',', '\\']) {
+            return Err(Error::Invalid(format!("{path:?} cannot be part of an overlay")));
+        }
+    }
+    let mut data = format!("lowerdir={}", lower.join(":"));
+    if let Some((upper, work)) = upper {
+        data += &format!(",upperdir={upper},workdir={work}");
+    }
+    // mount(2) takes one page of options.
+    if data.len() >= 4096 {
+        return Err(Error::Invalid("the layers' paths are too long for an overlay".into()));
+    }
+    Ok(MountCall::of(c"overlay", c_string(target)?, MsFlags::empty(), &c_string(&data)?))
+}
+
+#[cfg(test)]
+#[path = "storage_tests.rs"]
+mod tests;

@@ -1,0 +1,155 @@
+//! Storage against a kernel that only takes notes.
+
+use nix::errno::Errno;
+use tempfile::TempDir;
+
+use super::*;
+
+/// Notes mounts as `kind source target data`, and fails the one it is told to.
+#[derive(Default)]
+struct Notebook {
+    mounts: Vec<String>,
+    fail_at: Option<usize>,
+}
+
+impl Kernel for Notebook {
+    fn perform(&mut self, step: &Step<'_>) -> nix::Result<()> {
+        if let Step::Mount(call) = step {
+            if self.fail_at == Some(self.mounts.len()) {
+                return Err(Errno::ENODEV);
+            }
+            let text = |text: &std::ffi::CString| text.to_str().unwrap().to_owned();
+            let mode = if call.flags.contains(MsFlags::MS_RDONLY) { " ro" } else { "" };
+            let (kind, source, target) = (text(&call.kind), text(&call.source), text(&call.target));
+            self.mounts.push(format!("{kind} {source} {target} {}{mode}", text(&call.data)));
+        }
+        Ok(())
+    }
+}
+
+struct Guest {
+    storage: Storage,
+    kernel: Notebook,
+    base: String,
+    _dir: TempDir,
+}
+
+/// A guest with these disks: name and serial.
+fn guest(disks: &[(&str, &str)]) -> Guest {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, sys_block) = (dir.path().join("mvm"), dir.path().join("block"));
+    fs::create_dir_all(&sys_block).unwrap();
+    for (name, serial) in disks {
+        fs::create_dir_all(sys_block.join(name)).unwrap();
+        fs::write(sys_block.join(name).join("serial"), serial).unwrap();
+    }
+    let text = base.to_str().unwrap().to_owned();
+    Guest { storage: Storage::new(base, sys_block), kernel: Notebook::default(), base: text, _dir: dir }
+}
+
+impl Guest {
+    fn mount_root(&mut self, lower: &[Lower], writable: Writable) -> Result<Vec<String>> {
+        self.storage.mount_root(&mut self.kernel, "c1", lower, &writable)?;
+        let base = format!("{}/", self.base);
+        Ok(self.kernel.mounts.iter().map(|it| it.replace(&base, "")).collect())
+    }
+}
+
+fn erofs(serial: &str) -> Lower {
+    Lower::Disk { serial: serial.into(), filesystem: DiskFilesystem::Erofs }
+}
+
+#[test]
+fn a_root_is_an_overlay_of_disks_found_by_serial_under_a_bounded_tmpfs() {
+    let mut guest = guest(&[("vda", "base"), ("vdb", "top\n")]);
+    let mounts = guest.mount_root(&[erofs("top"), erofs("base")], Writable::Tmpfs { size: 4096 }).unwrap();
+    assert_eq!(
+        mounts,
+        [
+            "erofs /dev/vdb d/0  ro",
+            "erofs /dev/vda d/1  ro",
+            "tmpfs tmpfs upper/c1 mode=0755,size=4096",
+            "overlay overlay root/c1 lowerdir=d/0:d/1,upperdir=upper/c1/upper,workdir=upper/c1/work",
+        ]
+    );
+}
+
+#[test]
+fn a_single_read_only_layer_is_bound_read_only_not_overlaid() {
+    let mounts = guest(&[("vda", "a")]).mount_root(&[erofs("a")], Writable::No).unwrap();
+    assert_eq!(mounts, ["erofs /dev/vda d/0  ro", "none d/0 root/c1 ", "none d/0 root/c1  ro"]);
+}
+
+#[test]
+fn a_disk_that_two_roots_share_is_mounted_once() {
+    let mut guest = guest(&[("vda", "a")]);
+    guest.mount_root(&[erofs("a")], Writable::No).unwrap();
+    let mounts = guest.mount_root(&[erofs("a")], Writable::No).unwrap();
+    assert_eq!(mounts.iter().filter(|it| it.starts_with("erofs")).count(), 1);
+}
+
+#[test]
+fn one_disk_cannot_be_a_layer_and_writable() {
+    let mut guest = guest(&[("vda", "a")]);
+    let error = guest.mount_root(&[erofs("a")], Writable::Disk { serial: "a".into() }).unwrap_err();
+    assert_eq!(error.to_string(), "disk a is both a layer and writable");
+}
+
+#[test]
+fn a_missing_disk_is_named() {
+    let error = guest(&[("vda", "abc")]).mount_root(&[erofs("ab")], Writable::No).unwrap_err();
+    assert!(matches!(&error, Error::NotFound(text) if text == "no disk has the serial ab"), "{error}");
+}
+
+#[test]
+fn a_root_without_layers_or_with_too_many_is_refused() {
+    let mut guest = guest(&[("vda", "a")]);
+    assert!(matches!(guest.mount_root(&[], Writable::No), Err(Error::Invalid(_))));
+    let many = vec![erofs("a"); limits::MAX_LAYERS + 1];
+    assert!(matches!(guest.mount_root(&many, Writable::No), Err(Error::Invalid(_))));
+}
+
+#[test]
+fn a_path_that_would_smuggle_an_option_into_an_overlay_is_refused() {
+    for bad in ["/a:/etc", "/a,upperdir=/etc", "relative", "/a\\"] {
+        let lower = [Lower::Directory(bad.into()), Lower::Directory("/b".into())];
+        let result = guest(&[]).mount_root(&lower, Writable::No);
+        assert!(matches!(result, Err(Error::Invalid(_))), "{bad}");
+    }
+}
+
+#[test]
+fn a_hundred_and_twenty_eight_layers_fit_the_options() {
+    let names: Vec<(String, String)> = (0..128).map(|at| (format!("vd{at}"), format!("layer{at}"))).collect();
+    let disks: Vec<(&str, &str)> = names.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let lower: Vec<Lower> = names.iter().map(|(_, serial)| erofs(serial)).collect();
+    let mut guest = guest(&disks);
+    let base_excess = (guest.base.len() - "/run/mvm".len()) * 130;
+    let result = guest.mount_root(&lower, Writable::No);
+    match result {
+        Ok(mounts) => assert_eq!(mounts.len(), 129),
+        Err(error) => assert!(base_excess > 1000, "{error}"),
+    }
+}
+
+#[test]
+fn a_mount_outside_the_agents_directory_is_refused() {
+    let mut guest = guest(&[]);
+    let base = guest.base.clone();
+    for bad in ["/etc", "/", "", &base, &format!("{base}/../x"), &format!("{base}x")] {
+        let source = MountSource::Tmpfs { size: 0 };
+        let mount = Mount { source, target: bad.to_owned(), read_only: false };
+        let result = guest.storage.mount_all(&mut guest.kernel, &[mount]);
+        assert!(matches!(result, Err(Error::Invalid(_))), "{bad}");
+    }
+}
+
+#[test]
+fn mounts_before_one_that_fails_are_forgotten() {
+    let mut guest = guest(&[("vda", "a")]);
+    guest.kernel.fail_at = Some(1);
+    let error = guest.mount_root(&[erofs("a")], Writable::Tmpfs { size: 0 }).unwrap_err();
+    assert!(matches!(error, Error::System { errno: Errno::ENODEV, .. }));
+    assert!(guest.storage.mounted.is_empty());
+    assert!(guest.storage.disks.is_empty());
+}

@@ -1,0 +1,172 @@
+//! System calls that need `unsafe`, each behind a safe function. The only such file of the agent.
+#![allow(unsafe_code)] // fork, exec, ioctls and signal dispositions have no safe form in nix
+
+use std::{
+    ffi::{CStr, CString, c_char, c_int},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    ptr,
+};
+
+use mvm_protocol::ExitStatus;
+use nix::{
+    Result,
+    errno::Errno,
+    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    unistd::{ForkResult, Pid},
+};
+
+/// Strings in the form execve(2) wants them, made before a fork so that nothing is allocated after it.
+pub(crate) struct StringArray {
+    /// Null-terminated, pointing into `_strings`.
+    pointers: Vec<*const c_char>,
+    _strings: Vec<CString>,
+}
+
+impl StringArray {
+    /// Keeps the strings and their addresses.
+    pub(crate) fn new(strings: Vec<CString>) -> Self {
+        let pointers = strings.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect();
+        Self { pointers, _strings: strings }
+    }
+}
+
+/// Forks; `None` in the child. The agent has one thread, so the child may do what it likes.
+pub(crate) fn fork() -> Result<Option<Pid>> {
+    // SAFETY: the agent never starts a thread, so no lock can be held by one that does not exist in the
+    // child.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => Ok(None),
+    }
+}
+
+/// Ends a forked child without running anything of the parent's.
+pub(crate) fn exit_now(code: c_int) -> ! {
+    // SAFETY: _exit has no precondition.
+    unsafe { libc::_exit(code) }
+}
+
+/// Becomes `program`; returns only the reason why not.
+pub(crate) fn execve(program: &CStr, args: &StringArray, env: &StringArray) -> Errno {
+    // SAFETY: `program` ends in NUL, and both arrays hold pointers to live strings and end in null, as
+    // `StringArray::new` made them.
+    unsafe { libc::execve(program.as_ptr(), args.pointers.as_ptr(), env.pointers.as_ptr()) };
+    Errno::last()
+}
+
+/// Closes every descriptor from 3 up but `keep`.
+pub(crate) fn close_others(keep: RawFd) -> Result<()> {
+    let keep = u32::try_from(keep).map_err(|_| Errno::EBADF)?;
+    close_range(3, keep.saturating_sub(1))?;
+    close_range(keep.saturating_add(1).max(3), u32::MAX)
+}
+
+fn close_range(first: u32, last: u32) -> Result<()> {
+    if first > last {
+        return Ok(());
+    }
+    // SAFETY: only called in a forked child right before exec, whose Rust values that own these
+    // descriptors are never dropped.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+}
+
+/// Makes `from` the standard stream `to` (0, 1 or 2), inherited by what is executed.
+pub(crate) fn make_stdio(from: BorrowedFd<'_>, to: RawFd) -> Result<()> {
+    // SAFETY: `to` is a standard stream, which no Rust value owns.
+    Errno::result(unsafe { libc::dup2(from.as_raw_fd(), to) }).map(drop)
+}
+
+/// Gives the standard stream `fd` to a user, as far as its file allows that.
+pub(crate) fn own_stdio(fd: RawFd, uid: u32) -> Result<()> {
+    // SAFETY: fchown touches no memory.
+    Errno::result(unsafe { libc::fchown(fd, uid, u32::MAX) }).map(drop)
+}
+
+/// Makes standard input the controlling terminal of the new session.
+pub(crate) fn take_controlling_terminal() -> Result<()> {
+    // SAFETY: TIOCSCTTY takes an integer.
+    Errno::result(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Opens the other side of a pseudo-terminal, whatever is mounted at /dev/pts.
+pub(crate) fn open_terminal_peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let unlocked: c_int = 0;
+    // SAFETY: TIOCSPTLCK reads one int.
+    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &unlocked) })?;
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes the flags by value.
+    let fd = Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sets a terminal's size in characters.
+pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) }).map(drop)
+}
+
+/// Bytes that can be read from a pipe without waiting.
+pub(crate) fn readable_bytes(pipe: BorrowedFd<'_>) -> Result<usize> {
+    let mut bytes: c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    Errno::result(unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &mut bytes) })?;
+    usize::try_from(bytes).map_err(|_| Errno::EIO)
+}
+
+/// `struct rand_pool_info` of linux/random.h with room for 32 bytes.
+#[repr(C)]
+struct PoolInfo {
+    entropy_count: c_int,
+    buf_size: c_int,
+    buf: [u8; 32],
+}
+
+/// Adds 256 bits of the host's entropy to the pool and credits them.
+pub(crate) fn credit_entropy(random: impl AsFd, bytes: [u8; 32]) -> Result<()> {
+    /// `_IOW('R', 0x03, int[2])` of linux/random.h.
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    let info = PoolInfo { entropy_count: 256, buf_size: 32, buf: bytes };
+    // SAFETY: RNDADDENTROPY reads the two counts and then `buf_size` bytes, all within `info`.
+    Errno::result(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDADDENTROPY, &info) }).map(drop)
+}
+
+/// Gives every signal its default disposition and unblocks it.
+pub(crate) fn reset_signals() -> Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: the default disposition runs no code of ours.
+        unsafe { sigaction(signal, &default) }?;
+    }
+    SigSet::empty().thread_set_mask()
+}
+
+/// Reaps one child that has ended, if there is one; nix would lose those killed by a real-time signal.
+pub(crate) fn reap() -> Result<Option<(Pid, ExitStatus)>> {
+    let mut status: c_int = 0;
+    // SAFETY: waitpid writes one int.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) })?;
+    if pid == 0 {
+        return Ok(None);
+    }
+    let byte = |value: c_int| u8::try_from(value & 0xff).unwrap_or(u8::MAX);
+    let status = match libc::WIFSIGNALED(status) {
+        true => ExitStatus::Signal(byte(libc::WTERMSIG(status))),
+        false => ExitStatus::Code(byte(libc::WEXITSTATUS(status))),
+    };
+    Ok(Some((Pid::from_raw(pid), status)))
+}
+
+/// kill(2) with any signal number, real-time ones too.
+pub(crate) fn kill(pid: Pid, signal: c_int) -> Result<()> {
+    // SAFETY: kill touches no memory.
+    Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
+}
+
+/// `ECHILD` when there are no children left, whether they run or wait to be reaped.
+pub(crate) fn has_children() -> Result<()> {
+    let (any, flags) = (libc::P_ALL, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT);
+    // SAFETY: a null pointer means that no record is wanted.
+    Errno::result(unsafe { libc::waitid(any, 0, ptr::null_mut(), flags) }).map(drop)
+}

@@ -1,0 +1,7 @@
+//! The client against the real agent, run as an ordinary program on this machine.
+
+mod guest;
+mod hostile;
+mod processes;
+mod roots;
+mod streams;

@@ -18,6 +18,8 @@ mod error;
 mod flow;
 mod identity;
 mod kmsg;
+mod netlink;
+mod network;
 mod process;
 mod requests;
 mod root;

@@ -16,7 +16,7 @@ use crate::{
     agent::{Agent, ROOTS},
     dial::Dialer,
     error::{Context, Error, Result},
-    kmsg,
+    kmsg, network,
     process::{self, StdioFiles, Surroundings, environment, set_nonblocking},
     shutdown::Shutdown,
     spawn::{PidSpace, Program, Report, await_exec, launch},
@@ -76,7 +76,7 @@ impl Agent {
                 .context(|| format!("cannot set the host name to {hostname}"))?;
         }
         self.containers.configure(request);
-        Ok(())
+        network::configure(request)
     }
 
     fn start(&mut self, start: &Start) -> Result<Reply> {

@@ -11,7 +11,7 @@ use mvm_protocol::ExitStatus;
 use nix::{
     Result,
     errno::Errno,
-    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    sys::signal::SigSet,
     unistd::{ForkResult, Pid},
 };
 
@@ -132,12 +132,15 @@ pub(crate) fn credit_entropy(random: impl AsFd, bytes: [u8; 32]) -> Result<()> {
     Errno::result(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDADDENTROPY, &info) }).map(drop)
 }
 
-/// Gives every signal its default disposition and unblocks it.
+/// Gives every signal its default disposition and unblocks it. By the system call itself, because the C
+/// library keeps its hands on two signals that may have been inherited as ignored.
 pub(crate) fn reset_signals() -> Result<()> {
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: the default disposition runs no code of ours.
-        unsafe { sigaction(signal, &default) }?;
+    /// The kernel's `struct sigaction`: handler, flags, restorer, mask. All zero is the default.
+    const DEFAULT: [u64; 4] = [0; 4];
+    for signal in (1..=64).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP)) {
+        let (none, size) = (ptr::null_mut::<u64>(), size_of::<u64>());
+        // SAFETY: the kernel reads one sigaction from `DEFAULT`, and writes no old one.
+        Errno::result(unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &DEFAULT, none, size) })?;
     }
     SigSet::empty().thread_set_mask()
 }

@@ -2,6 +2,7 @@
 
 mod guest;
 mod hostile;
+mod network;
 mod processes;
 mod roots;
 mod streams;

@@ -10,14 +10,14 @@ use mvm_protocol::{
 use super::guest::{Guest, SOON, shell};
 use crate::agent::{Error, ProcessSpec, StdioSpec};
 
-/// Programs come from this machine, all else from an image made by the test.
+/// Programs come from this machine's /usr, which has its own bin and lib; all else is made by the test.
 fn image(guest: &Guest) -> Vec<Lower> {
     let top = guest.dir.path().join("image");
-    fs::create_dir_all(top.join("etc")).unwrap();
+    ["etc", "proc", "sys", "dev"].iter().for_each(|name| fs::create_dir_all(top.join(name)).unwrap());
     fs::write(top.join("etc/passwd"), "app:x:1000:1001::/home/app:/bin/sh\n").unwrap();
     fs::write(top.join("etc/group"), "app:x:1001:\nextra:x:1002:app\n").unwrap();
     symlink("/nowhere/resolv.conf", top.join("etc/resolv.conf")).unwrap();
-    [top.as_path(), Path::new("/")].map(|path| Lower::Directory(path.to_str().unwrap().to_owned())).into()
+    [top.as_path(), Path::new("/usr")].map(|path| Lower::Directory(path.to_str().unwrap().to_owned())).into()
 }
 
 fn with_root() -> Guest {
@@ -42,8 +42,8 @@ fn run(guest: &Guest, spec: ProcessSpec) -> (String, ExitStatus) {
 #[test]
 fn a_process_sees_its_root_and_nothing_of_the_agents() {
     let guest = with_root();
-    let script = "cat /etc/passwd; ls /run/mvm /image 2>&1 | wc -l; touch /new && echo writable; \
-                  awk '{print $5}' /proc/self/mountinfo | sort";
+    let script = "cat /etc/passwd; ls /run /tmp 2>&1 | wc -l; touch /new && echo writable; \
+                  cut -d' ' -f5 /proc/self/mountinfo | sort";
     let (text, _) = run(&guest, inside(script));
     let expected = "app:x:1000:1001::/home/app:/bin/sh\n2\nwritable\n\
                     /\n/dev\n/dev/mqueue\n/dev/pts\n/dev/shm\n/proc\n/sys\n";
@@ -93,12 +93,12 @@ fn the_devices_are_there_and_work_for_everybody() {
 fn a_terminal_is_the_first_of_the_containers_own() {
     let guest = with_root();
     let size = WindowSize { rows: 5, columns: 6 };
-    let spec = ProcessSpec { stdio: StdioSpec::Terminal(size), ..inside("tty; stty size; ls /dev/pts") };
+    let spec = ProcessSpec { stdio: StdioSpec::Terminal(size), ..inside("tty; stty size; echo /dev/pts/*") };
     let mut process = guest.client.start(spec).unwrap();
     let mut text = String::new();
     // A terminal's stream may end in a reset where another stream ends.
     let _ = process.terminal.as_mut().unwrap().read_to_string(&mut text);
-    assert_eq!(text, "/dev/pts/0\r\n5 6\r\n0  ptmx\r\n");
+    assert_eq!(text, "/dev/pts/0\r\n5 6\r\n/dev/pts/0 /dev/pts/ptmx\r\n");
 }
 
 #[test]
@@ -153,6 +153,6 @@ fn a_root_is_made_once_and_a_process_needs_one_that_exists() {
 fn a_missing_program_of_a_root_is_127_although_this_machine_has_it() {
     let guest = with_root();
     let error =
-        guest.client.start(ProcessSpec { args: vec!["/image-only".to_owned()], ..inside("") }).unwrap_err();
+        guest.client.start(ProcessSpec { args: vec!["/usr/bin/env".to_owned()], ..inside("") }).unwrap_err();
     assert_eq!(error.exec_exit_code(), Some(127));
 }

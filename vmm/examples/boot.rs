@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use mvm_vmm::config::{Boot, MachineConfig, Protocol, Serial};
+use mvm_vmm::config::{Boot, DeviceSpec, MachineConfig, Protocol, Serial};
 use mvm_vmm::launch::{Ended, Files, Launch};
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -37,6 +37,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         memory: number("MVM_MEMORY", 256)?.try_into()?,
         kvm,
         boot: Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol },
+        devices: devices(&mut files)?,
         serial,
         status: None,
         control: None,
@@ -52,6 +53,19 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         Ended::Exit(exit) => exit.code().into(),
         _ => ExitCode::FAILURE,
     })
+}
+
+/// Disks named by MVM_DISK, separated by commas.
+fn devices(files: &mut Files) -> Result<Vec<DeviceSpec>, Box<dyn Error>> {
+    let mut devices = Vec::new();
+    for path in std::env::var("MVM_DISK").unwrap_or_default().split_terminator(',') {
+        let disk = files.add(File::options().read(true).write(true).open(path)?);
+        devices.push(serde_json::from_value(serde_json::json!({"type": "block", "disk": disk}))?);
+    }
+    if std::env::var("MVM_RNG").is_ok() {
+        devices.push(serde_json::from_value(serde_json::json!({"type": "rng"}))?);
+    }
+    Ok(devices)
 }
 
 fn number(variable: &str, default: u64) -> Result<u64, Box<dyn Error>> {

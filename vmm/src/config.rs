@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use mvm_devices::fd::FdSlot;
+pub use mvm_devices::virtio::DeviceSpec;
 use serde::{Deserialize, Serialize};
 
 /// File descriptor on which the configuration arrives.
@@ -56,6 +57,9 @@ pub struct MachineConfig {
     pub kvm: FdSlot,
     /// What runs first.
     pub boot: Boot,
+    /// Virtio devices, in order of their PCI addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceSpec>,
     /// First serial port; absent unless given, because each character costs an exit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,

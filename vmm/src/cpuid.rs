@@ -154,7 +154,8 @@ mod tests {
 
     fn shown(cpus: u8, id: u8) -> CpuId {
         let entries = [0, 1, 6, 0x8000_0008].map(|function| entry(function, 7));
-        let supported = CpuId::from_entries(&[&entries[..], &[entry(KVM_BASE, KVM_BASE + 1)]].concat()).unwrap();
+        let supported =
+            CpuId::from_entries(&[&entries[..], &[entry(KVM_BASE, KVM_BASE + 1)]].concat()).unwrap();
         for_vcpu(&supported, Topology { cpus, tsc_khz: 3_000_000, tsc_deadline: true }, id).unwrap()
     }
 

@@ -27,11 +27,11 @@ static TAKEN: AtomicBool = AtomicBool::new(false);
 
 /// Configuration space of bus 0 as the guest reads it. There is one per process.
 #[derive(Debug)]
-pub struct Ecam(());
+pub(crate) struct Ecam(());
 
 impl Ecam {
     /// Takes the process's one configuration space.
-    pub fn take() -> Result<Self> {
+    pub(crate) fn take() -> Result<Self> {
         if TAKEN.swap(true, Ordering::AcqRel) { Err(Error::SecondMachine) } else { Ok(Self(())) }
     }
 
@@ -41,7 +41,7 @@ impl Ecam {
     }
 
     /// Makes function `function` of device `device` read as `config`. Touches the bytes that differ only.
-    pub fn show(&self, device: usize, function: usize, config: &[u8; CONFIG_SPACE_SIZE]) {
+    pub(crate) fn show(&self, device: usize, function: usize, config: &[u8; CONFIG_SPACE_SIZE]) {
         let page = (device * 8 + function) * CONFIG_SPACE_SIZE;
         for (offset, value) in config.iter().enumerate() {
             if let Some(byte) = Self::byte(page + offset)

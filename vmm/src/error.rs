@@ -61,6 +61,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A device could not be built.
+    #[error("cannot set up device {index} of the configuration")]
+    Device {
+        /// Its place in the configuration, from 0.
+        index: usize,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The bus has no room for another function.
     #[error("the PCI bus is full: at most {0} functions")]
     BusFull(usize),
@@ -77,7 +86,9 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         let text = match self {
             Error::Boot(error) => return error.hint(),
-            Error::KvmLacks(_) => "mvm needs Linux 4.20 or newer with KVM; `mvm doctor` shows what this host has",
+            Error::KvmLacks(_) => {
+                "mvm needs Linux 4.20 or newer with KVM; `mvm doctor` shows what this host has"
+            }
             Error::Kvm { operation, .. } if operation.contains("open") => {
                 "is the KVM module loaded, and may you open /dev/kvm? See `mvm doctor`"
             }

@@ -30,7 +30,11 @@ impl Slots {
     }
 
     /// Takes the descriptor in `slot` if there is one.
-    pub(crate) fn take_optional(&mut self, slot: Option<FdSlot>, purpose: &'static str) -> Result<Option<OwnedFd>> {
+    pub(crate) fn take_optional(
+        &mut self,
+        slot: Option<FdSlot>,
+        purpose: &'static str,
+    ) -> Result<Option<OwnedFd>> {
         slot.map(|slot| self.take_for(slot, purpose)).transpose()
     }
 

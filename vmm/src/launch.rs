@@ -185,7 +185,8 @@ pub fn find_program() -> Result<PathBuf> {
 }
 
 fn config_file(config: &MachineConfig) -> Result<OwnedFd> {
-    let text = serde_json::to_vec(config).map_err(|error| Error::System("write the configuration", error.into()))?;
+    let text =
+        serde_json::to_vec(config).map_err(|error| Error::System("write the configuration", error.into()))?;
     if text.len() as u64 > MAX_CONFIG_BYTES {
         return Err(Error::ConfigTooLarge(text.len()));
     }
@@ -206,7 +207,9 @@ fn spawn(program: &Path, config: &OwnedFd, files: &Files, stderr: Option<&OwnedF
     }
     // Copies above every target: then no dup2 replaces a descriptor that a later one needs.
     let floor = RawFd::try_from(first_free).unwrap_or(RawFd::MAX);
-    let copies = sources.iter().map(|fd| duplicate_above(fd, floor))
+    let copies = sources
+        .iter()
+        .map(|fd| duplicate_above(fd, floor))
         .collect::<io::Result<Vec<_>>>()
         .map_err(|source| Error::System("copy a descriptor", source))?;
 

@@ -26,6 +26,11 @@ pub(crate) fn install(level: LevelFilter) {
     }
 }
 
+/// Installs the log of a program that people call.
+pub fn to_stderr(verbose: bool) {
+    install(if verbose { LevelFilter::Info } else { LevelFilter::Warn });
+}
+
 /// Lines suppressed so far.
 pub(crate) fn suppressed() -> u64 {
     SUPPRESSED.load(Ordering::Relaxed)

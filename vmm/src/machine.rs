@@ -14,6 +14,7 @@ use crate::boot::{self, Entry, Images, Platform};
 use crate::bus::Bus;
 use crate::config::MachineConfig;
 use crate::cpuid::{self, Topology};
+use crate::devices::{self, IoLoops};
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::fds::Slots;
@@ -33,6 +34,8 @@ pub(crate) struct Machine {
     pub bus: Arc<Bus>,
     /// Holds and ends them.
     pub gate: Arc<Gate>,
+    /// Serve the devices for as long as the machine is there.
+    _loops: IoLoops,
     /// Serial input, if there is any.
     pub serial_input: Option<File>,
 }
@@ -55,7 +58,8 @@ impl Machine {
         stages.vm_ns = now();
 
         let mut pci = PciBus::new(Arc::clone(vm.fd()), ecam);
-        pci.add(Box::new(HostBridge::new()))?; // 4. devices
+        pci.add_bridge(HostBridge::new())?; // 4. devices
+        let loops = devices::attach(&config.devices, slots, &vm, &mut pci)?;
         let (serial, serial_input) = serial(config, slots)?;
         let bus = Arc::new(Bus::new(pci, serial, Arc::clone(status), Arc::new(Counters::default())));
         stages.devices_ns = now();
@@ -63,10 +67,16 @@ impl Machine {
         let gate = Arc::new(Gate::new().map_err(Error::system("make an event"))?);
         let vcpus = vcpus(&vm, config.cpus.get(), entry)? // 5. CPUs, pointed at the entry
             .into_iter()
-            .map(|(id, fd)| Vcpu { id, fd, vm: Arc::clone(&vm), bus: Arc::clone(&bus), gate: Arc::clone(&gate) })
+            .map(|(id, fd)| Vcpu {
+                id,
+                fd,
+                _vm: Arc::clone(&vm),
+                bus: Arc::clone(&bus),
+                gate: Arc::clone(&gate),
+            })
             .collect();
         stages.vcpus_ns = now();
-        Ok(Self { vcpus, bus, gate, serial_input })
+        Ok(Self { vcpus, bus, gate, serial_input, _loops: loops })
     }
 
     /// Starts the virtual CPUs. The first one comes last, so that the others are there when it looks for them.

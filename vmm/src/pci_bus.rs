@@ -6,7 +6,10 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use mvm_devices::pci::host_bridge::HostBridge;
 use mvm_devices::pci::{Bar, ConfigChange, Doorbell, PciFunction};
+
+use mvm_devices::transport::VirtioPci;
 
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
@@ -26,9 +29,24 @@ pub(crate) struct PciBus {
     window_next: u64,
 }
 
+/// What can be on the bus.
+enum Function {
+    Bridge(HostBridge),
+    Virtio(Box<VirtioPci>),
+}
+
+impl Function {
+    fn get(&mut self) -> &mut dyn PciFunction {
+        match self {
+            Function::Bridge(bridge) => bridge,
+            Function::Virtio(virtio) => virtio.as_mut(),
+        }
+    }
+}
+
 /// A function on the bus.
 struct Slot {
-    function: Box<dyn PciFunction>,
+    function: Function,
     doorbells: Vec<Doorbell>,
     /// Doorbells KVM watches now: (address, index in `doorbells`).
     watched: Vec<(u64, usize)>,
@@ -44,27 +62,41 @@ struct Decoded {
 impl PciBus {
     /// An empty bus.
     pub(crate) fn new(vm: Arc<VmFd>, ecam: Ecam) -> Self {
-        Self {
-            vm,
-            ecam,
-            slots: Vec::new(),
-            decode: RwLock::new(Vec::new()),
-            window_next: layout::BAR_WINDOW,
+        Self { vm, ecam, slots: Vec::new(), decode: RwLock::new(Vec::new()), window_next: layout::BAR_WINDOW }
+    }
+
+    /// Puts a host bridge into the next free slot: the first, where kernels look for it.
+    pub(crate) fn add_bridge(&mut self, bridge: HostBridge) -> Result<()> {
+        self.add(Function::Bridge(bridge))
+    }
+
+    /// Puts a virtio device into the next free slot and assigns its BARs.
+    pub(crate) fn add_virtio(&mut self, virtio: VirtioPci) -> Result<()> {
+        self.add(Function::Virtio(Box::new(virtio)))
+    }
+
+    /// Calls `action` for every virtio device in order. vCPUs wait meanwhile if they access it.
+    pub(crate) fn for_each_virtio(&self, mut action: impl FnMut(&mut VirtioPci)) {
+        for slot in &self.slots {
+            if let Function::Virtio(virtio) =
+                &mut slot.lock().unwrap_or_else(PoisonError::into_inner).function
+            {
+                action(virtio);
+            }
         }
     }
 
-    /// Puts a function into the next free slot and assigns its BARs.
-    pub(crate) fn add(&mut self, mut function: Box<dyn PciFunction>) -> Result<()> {
+    fn add(&mut self, mut function: Function) -> Result<()> {
         let device = self.slots.len();
         if device >= MAX_DEVICES {
             return Err(Error::BusFull(MAX_DEVICES));
         }
-        for (index, size) in function.bar_sizes() {
+        for (index, size) in function.get().bar_sizes() {
             let address = self.place(size).ok_or(Error::WindowFull(size))?;
-            function.assign_bar(index, address);
+            function.get().assign_bar(index, address);
         }
-        self.ecam.show(device, 0, function.config());
-        let doorbells = function.doorbells();
+        self.ecam.show(device, 0, function.get().config());
+        let doorbells = function.get().doorbells();
         self.slots.push(Mutex::new(Slot { function, doorbells, watched: Vec::new() }));
         Ok(())
     }
@@ -73,7 +105,7 @@ impl PciBus {
     /// Tells whether a function answered.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) -> bool {
         let Some((decoded, offset)) = self.find(address, data.len()) else { return false };
-        self.with_slot(decoded.device, |slot| slot.function.read_bar(decoded.bar.index, offset, data))
+        self.with_slot(decoded.device, |slot| slot.function.get().read_bar(decoded.bar.index, offset, data))
     }
 
     /// Writes `data` at guest address `address`. Tells whether a function answered.
@@ -82,7 +114,7 @@ impl PciBus {
             return self.write_config(offset, data);
         }
         let Some((decoded, offset)) = self.find(address, data.len()) else { return false };
-        self.with_slot(decoded.device, |slot| slot.function.write_bar(decoded.bar.index, offset, data))
+        self.with_slot(decoded.device, |slot| slot.function.get().write_bar(decoded.bar.index, offset, data))
     }
 
     /// A write of configuration space: reads never get here, KVM serves them from the ECAM pages.
@@ -96,8 +128,8 @@ impl PciBus {
             return false;
         }
         self.with_slot(device, |slot| {
-            let change = slot.function.write_config(register, data);
-            self.ecam.show(device, 0, slot.function.config());
+            let change = slot.function.get().write_config(register, data);
+            self.ecam.show(device, 0, slot.function.get().config());
             if change == ConfigChange::Decoding {
                 self.decode_again(device, slot);
             }
@@ -106,7 +138,7 @@ impl PciBus {
 
     /// Replaces what the bus knows of a function's BARs and doorbells.
     fn decode_again(&self, device: usize, slot: &mut Slot) {
-        let bars = slot.function.bars();
+        let bars = slot.function.get().bars();
         {
             let mut decode = self.decode.write().unwrap_or_else(PoisonError::into_inner);
             decode.retain(|decoded| decoded.device != device);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -36,7 +37,10 @@ pub fn run() -> u8 {
         Ok(exit) => {
             let code = exit.code();
             if let Exit::InternalError { detail } = &exit {
-                complain(&format!("mvm-vmm: machine {:?} cannot go on\n  because: {detail}\n", config.id.as_str()));
+                complain(&format!(
+                    "mvm-vmm: machine {:?} cannot go on\n  because: {detail}\n",
+                    config.id.as_str()
+                ));
             }
             status.send(&Event::Exit { exit, ns: now() });
             code
@@ -56,7 +60,9 @@ fn run_machine(
     let mut machine = Machine::build(config, slots, status, &mut stages)?;
     let vcpus = machine.start()?;
     status.send(&Event::Started { stages });
-    Ok(Supervisor::new(config, machine, vcpus, &signals, control)?.run())
+    // Never dropped: the process ends next, and taking its threads down in order would only take time.
+    let mut supervisor = ManuallyDrop::new(Supervisor::new(config, machine, vcpus, &signals, control)?);
+    Ok(supervisor.run())
 }
 
 fn read_config(slots: &mut Slots) -> Result<MachineConfig> {

@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use mvm_devices::serial::INPUT_SIZE;
+use mvm_devices::transport::VirtioPci;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
@@ -14,7 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::config::MachineConfig;
 use crate::control::server::Server;
-use crate::control::{Answer, Info, MachineState, Metrics, Reply, Request};
+use crate::control::{Answer, DeviceMetrics, Info, MachineState, Metrics, Reply, Request};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::log;
@@ -81,7 +82,7 @@ impl<'a> Supervisor<'a> {
     }
 
     /// Serves events until the machine has ended.
-    pub(crate) fn run(mut self) -> Exit {
+    pub(crate) fn run(&mut self) -> Exit {
         let mut events = [EpollEvent::empty(); 8];
         loop {
             if let Some(exit) = self.machine.gate.exit() {
@@ -95,7 +96,9 @@ impl<'a> Supervisor<'a> {
             let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => 0,
-                Err(error) => return Exit::InternalError { detail: format!("cannot wait for events: {error}") },
+                Err(error) => {
+                    return Exit::InternalError { detail: format!("cannot wait for events: {error}") };
+                }
             };
             for event in events.iter().take(count) {
                 self.ready(event.data());
@@ -128,10 +131,7 @@ impl<'a> Supervisor<'a> {
             Request::Info => Reply::Ok(Answer::Info(self.info())),
             Request::Metrics => Reply::Ok(Answer::Metrics(self.metrics())),
             Request::Pause => self.pause(),
-            Request::Resume => {
-                self.machine.gate.resume();
-                Reply::Ok(Answer::Done {})
-            }
+            Request::Resume => self.resume(),
             Request::Stop => {
                 self.machine.gate.finish(Exit::Stopped);
                 Reply::Ok(Answer::Done {})
@@ -140,13 +140,33 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Holds the CPUs, then the devices: from then on nothing touches guest memory.
     fn pause(&self) -> Reply {
         let kick = || self.vcpus.iter().for_each(Running::kick);
-        if self.machine.gate.pause(self.vcpus.len(), Instant::now() + PAUSE_TIME, kick) {
-            Reply::Ok(Answer::Done {})
-        } else {
-            Reply::Error("the virtual CPUs did not come to a halt in time; they will".to_owned())
+        if !self.machine.gate.pause(self.vcpus.len(), Instant::now() + PAUSE_TIME, kick) {
+            return Reply::Error("the virtual CPUs did not come to a halt in time; they will".to_owned());
         }
+        self.each_device("hold", VirtioPci::pause)
+    }
+
+    fn resume(&self) -> Reply {
+        let reply = self.each_device("let go on", VirtioPci::resume);
+        self.machine.gate.resume();
+        reply
+    }
+
+    fn each_device<E: std::error::Error>(
+        &self,
+        what: &str,
+        action: impl Fn(&mut VirtioPci) -> Result<(), E>,
+    ) -> Reply {
+        let mut reply = Reply::Ok(Answer::Done {});
+        self.machine.bus.pci.for_each_virtio(|device| {
+            if let Err(error) = action(device) {
+                reply = Reply::Error(format!("cannot {what} {}: {error}", device.kind().name));
+            }
+        });
+        reply
     }
 
     fn info(&self) -> Info {
@@ -165,9 +185,27 @@ impl<'a> Supervisor<'a> {
             bus.serial.as_ref().map(|serial| serial.lock().unwrap_or_else(PoisonError::into_inner).dropped());
         Metrics {
             exits: bus.counters.exits(),
+            devices: self.devices(),
             serial_dropped: dropped.unwrap_or(0),
             log_suppressed: log::suppressed(),
         }
+    }
+
+    fn devices(&self) -> Vec<DeviceMetrics> {
+        let mut devices = Vec::new();
+        self.machine.bus.pci.for_each_virtio(|device| {
+            devices.push(DeviceMetrics {
+                name: device.kind().name.to_owned(),
+                driver_ready: device.driver_ready(),
+                needs_reset: device.needs_reset(),
+                counts: device
+                    .counters()
+                    .iter()
+                    .map(|count| (count.name().to_owned(), count.get()))
+                    .collect(),
+            });
+        });
+        devices
     }
 
     fn read_input(&mut self) {

@@ -27,7 +27,7 @@ pub(crate) struct Vcpu {
     /// KVM's descriptor.
     pub fd: VcpuFd,
     /// The machine, whose memory the guest runs in.
-    pub vm: Arc<Vm>,
+    pub _vm: Arc<Vm>,
     /// Where its accesses go.
     pub bus: Arc<Bus>,
     /// Lets it pass, or holds it.
@@ -104,7 +104,9 @@ impl Vcpu {
                 Counters::add(&bus.counters.other);
             }
             Ok(exit) => {
-                return Some(Exit::InternalError { detail: format!("KVM gave an exit this machine does not know: {exit:?}") });
+                return Some(Exit::InternalError {
+                    detail: format!("KVM gave an exit this machine does not know: {exit:?}"),
+                });
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 Counters::add(&bus.counters.interrupted);
@@ -120,6 +122,8 @@ fn system_event(kind: u32) -> Exit {
         kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Exit::Shutdown,
         kvm_bindings::KVM_SYSTEM_EVENT_RESET => Exit::Reboot,
         kvm_bindings::KVM_SYSTEM_EVENT_CRASH => Exit::GuestPanic,
-        _ => Exit::InternalError { detail: format!("KVM gave system event {kind}, which this machine does not know") },
+        _ => Exit::InternalError {
+            detail: format!("KVM gave system event {kind}, which this machine does not know"),
+        },
     }
 }

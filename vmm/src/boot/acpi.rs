@@ -180,7 +180,8 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
             ],
         ));
     }
-    let soft_off = aml::package(&[aml::byte(layout::SLEEP_TYPE_S5), aml::byte(0), aml::byte(0), aml::byte(0)]);
+    let soft_off =
+        aml::package(&[aml::byte(layout::SLEEP_TYPE_S5), aml::byte(0), aml::byte(0), aml::byte(0)]);
     [aml::system_bus(&devices), aml::name(b"_S5_", &soft_off)].concat()
 }
 

@@ -60,7 +60,9 @@ pub enum Error {
     #[error("the kernel has no PVH entry note")]
     NoPvhEntry,
     /// RAM is too small.
-    #[error("too little memory: kernel and initial RAM disk need {needed_mib} MiB, the machine has {mib} MiB")]
+    #[error(
+        "too little memory: kernel and initial RAM disk need {needed_mib} MiB, the machine has {mib} MiB"
+    )]
     TooLittleMemory {
         /// What they need, in MiB.
         needed_mib: u64,
@@ -84,7 +86,9 @@ impl Error {
         match self {
             Error::TooLittleMemory { needed_mib, .. } => Some(format!("give --memory {needed_mib}M or more")),
             Error::UnknownFormat => Some("give an uncompressed vmlinux (best) or a bzImage".to_owned()),
-            Error::NoPvhEntry => Some("build the kernel with CONFIG_PVH=y, or leave out the protocol".to_owned()),
+            Error::NoPvhEntry => {
+                Some("build the kernel with CONFIG_PVH=y, or leave out the protocol".to_owned())
+            }
             Error::CmdlineTooLong(_) => Some("shorten the kernel command line".to_owned()),
             _ => None,
         }
@@ -210,7 +214,8 @@ fn map_whole_pages(memory: &Memory, file: &File, from: Span, to: u64, what: &'st
     let head = map_start - to;
     let mapped = map_end - map_start;
     copy(memory, file, Span { start: from.start, length: head }, to, what)?;
-    map_file(memory, file, from.start + head, map_start, mapped).map_err(|source| Error::Map(what, source))?;
+    map_file(memory, file, from.start + head, map_start, mapped)
+        .map_err(|source| Error::Map(what, source))?;
     let tail = Span { start: from.start + head + mapped, length: end - map_end };
     copy(memory, file, tail, map_end, what)
 }

@@ -46,7 +46,12 @@ impl Page {
 }
 
 /// Writes `boot_params`.
-pub(super) fn write_zero_page(memory: &Memory, ram: u64, kernel: &Loaded, initrd: Option<Span>) -> Result<()> {
+pub(super) fn write_zero_page(
+    memory: &Memory,
+    ram: u64,
+    kernel: &Loaded,
+    initrd: Option<Span>,
+) -> Result<()> {
     const HEADER: usize = offset_of!(boot_params, hdr);
     let mut page = Page([0; size_of::<boot_params>()]);
     match &kernel.header {

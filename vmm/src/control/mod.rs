@@ -4,6 +4,7 @@
 
 pub(crate) mod server;
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -88,10 +89,25 @@ pub enum MachineState {
 pub struct Metrics {
     /// Returns from the guest, by kind.
     pub exits: Exits,
+    /// Devices, in order of the configuration.
+    pub devices: Vec<DeviceMetrics>,
     /// Bytes of serial output that were lost.
     pub serial_dropped: u64,
     /// Log lines that were suppressed.
     pub log_suppressed: u64,
+}
+
+/// A device's counters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceMetrics {
+    /// What it is, as in the configuration.
+    pub name: String,
+    /// Whether the guest's driver has it running.
+    pub driver_ready: bool,
+    /// Whether it stopped and waits for the driver to reset it.
+    pub needs_reset: bool,
+    /// Counts by name.
+    pub counts: BTreeMap<String, u64>,
 }
 
 /// Returns from the guest to this process, by kind.
@@ -162,8 +178,7 @@ mod tests {
 
     #[test]
     fn every_answer_survives_the_wire() {
-        let info =
-            Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
+        let info = Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
         for answer in [Answer::Info(info), Answer::Metrics(Metrics::default()), Answer::Done {}] {
             let text = serde_json::to_string(&Reply::Ok(answer.clone())).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), Reply::Ok(answer));

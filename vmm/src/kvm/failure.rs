@@ -1,4 +1,5 @@
 //! What to tell a person when KVM cannot go on.
+#![allow(unsafe_code)] // reading a union that KVM filled
 
 use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::VcpuFd;
@@ -6,18 +7,19 @@ use kvm_ioctls::VcpuFd;
 use crate::exit::Exit;
 
 /// KVM could not enter the guest.
-pub fn entry(reason: u64) -> Exit {
+pub(crate) fn entry(reason: u64) -> Exit {
     Exit::InternalError { detail: format!("the CPU refused to enter the guest: reason {reason:#x}") }
 }
 
 /// The guest reached memory that KVM could not back.
-pub fn memory(address: u64) -> Exit {
+pub(crate) fn memory(address: u64) -> Exit {
     Exit::InternalError { detail: format!("this host could not provide guest memory at {address:#x}") }
 }
 
 /// KVM_EXIT_INTERNAL_ERROR, with the instruction pointer and, where known, a remedy.
-pub fn internal(vcpu: &mut VcpuFd) -> Exit {
-    let at = vcpu.get_regs().map_or_else(|_| "an unknown address".to_owned(), |regs| format!("{:#x}", regs.rip));
+pub(crate) fn internal(vcpu: &mut VcpuFd) -> Exit {
+    let at =
+        vcpu.get_regs().map_or_else(|_| "an unknown address".to_owned(), |regs| format!("{:#x}", regs.rip));
     // SAFETY: KVM fills `internal` on KVM_EXIT_INTERNAL_ERROR, which is why this is called; every bit pattern
     // is a valid value.
     let suberror = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };

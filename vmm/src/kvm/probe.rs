@@ -9,7 +9,7 @@ use std::path::Path;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::REQUIRED;
+use super::vm::REQUIRED;
 use crate::config::VcpuCount;
 
 /// What executes guest instructions.

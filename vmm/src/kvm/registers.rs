@@ -24,7 +24,7 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Sets model-specific registers, the same on every virtual CPU.
-pub fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
+pub(crate) fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
     let entries = [(MSR_MISC_ENABLE, 1), (MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK)]
         .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
     let msrs = Msrs::from_entries(&entries).map_err(|_| Error::KvmLacks("room for two registers"))?;
@@ -33,7 +33,7 @@ pub fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
 }
 
 /// Points the first virtual CPU at `entry`. The others wait for INIT and SIPI in KVM.
-pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
+pub(crate) fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("read special registers"))?;
     let (code, data, regs) = match entry {
         Entry::Long { rip } => {

@@ -1,0 +1,128 @@
+//! One machine in KVM: memory first, then local APICs, then CPUs. There is no PIC, IOAPIC or PIT.
+//!
+//! The order matters: on recent hosts a memory slot set after an interrupt controller waits 5 to 8 ms for a
+//! grace period.
+#![allow(unsafe_code)] // handing memory to KVM, and an inherited descriptor to kvm-ioctls
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_READONLY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use mvm_devices::memory::{GuestMemoryBackend, GuestMemoryRegion, Memory};
+
+use crate::ecam::Ecam;
+use crate::error::{Error, Result};
+use crate::layout;
+
+/// The API version that has been stable since 2007.
+const API_VERSION: i32 = 12;
+
+/// What this crate cannot do without, with its name for messages.
+pub(super) const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (
+        Cap::SplitIrqchip,
+        "KVM_CAP_SPLIT_IRQCHIP (local APICs without the rest of a PC's interrupt controllers)",
+    ),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM (PCI configuration space without exits)"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API"),
+];
+
+/// A virtual machine in KVM.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    memory: Arc<Memory>,
+}
+
+impl Vm {
+    /// Makes a machine that has `memory` and, read-only, the PCI configuration space.
+    pub(crate) fn new(kvm: OwnedFd, memory: Memory, ecam: &Ecam) -> Result<Self> {
+        // SAFETY: `into_raw_fd` gives up ownership of an open descriptor, which `Kvm` takes. If it is not
+        // /dev/kvm the version check below fails.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        if kvm.get_api_version() != API_VERSION {
+            return Err(Error::KvmLacks("API version 12, or the file passed is not /dev/kvm"));
+        }
+        for (capability, name) in REQUIRED {
+            if !kvm.check_extension(capability) {
+                return Err(Error::KvmLacks(name));
+            }
+        }
+        let fd = Arc::new(kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?);
+        let vm = Self { kvm, fd, memory: Arc::new(memory) };
+        vm.add_memory(ecam)?;
+        vm.add_local_apics()?;
+        Ok(vm)
+    }
+
+    /// The machine's descriptor, for interrupts and events.
+    pub(crate) fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// The machine's memory.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// What KVM can give a guest's CPUID instruction.
+    pub(crate) fn supported_cpuid(&self) -> Result<CpuId> {
+        self.kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("ask KVM for the CPU's features"))
+    }
+
+    /// Whether the local APIC's timer has a deadline mode.
+    pub(crate) fn has_tsc_deadline_timer(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Makes virtual CPU `id`.
+    pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
+        self.fd.create_vcpu(id.into()).map_err(Error::kvm("create a virtual CPU"))
+    }
+
+    fn add_memory(&self, ecam: &Ecam) -> Result<()> {
+        let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
+        self.fd.set_tss_address(tss).map_err(Error::kvm("place the TSS"))?;
+        let mut slot = 0;
+        for region in self.memory.iter() {
+            self.set_slot(slot, region.start_addr().0, region.as_ptr() as u64, region.len(), 0)?;
+            slot += 1;
+        }
+        self.set_slot(slot, layout::ECAM, ecam.host_address(), layout::ECAM_SIZE, KVM_MEM_READONLY)
+    }
+
+    fn set_slot(&self, slot: u32, guest: u64, host: u64, size: u64, flags: u32) -> Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: [host, host + size) is either a region of `self.memory`, which lives as long as `self` and is
+        // only accessed volatilely, or the configuration space, which is static and read-only to the guest.
+        let set = unsafe { self.fd.set_user_memory_region(region) };
+        set.map_err(Error::kvm("give KVM the guest's memory"))
+    }
+
+    /// Local APICs in the kernel and nothing else: no pins, so no IOAPIC routes to serve.
+    fn add_local_apics(&self) -> Result<()> {
+        let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        self.fd.enable_cap(&split).map_err(Error::kvm("create local APICs"))?;
+        let mut x2apic = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
+        x2apic.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+        self.fd.enable_cap(&x2apic).map_err(Error::kvm("use 32-bit APIC identifiers"))
+    }
+}

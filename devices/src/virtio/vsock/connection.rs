@@ -321,9 +321,10 @@ impl Connection {
                 self.host_done |= SHUTDOWN_SEND;
                 self.readable = false;
             }
-            // A short read emptied the stream, or nearly: readiness is level-triggered and tells.
+            // A short read emptied the stream, or nearly: readiness is level-triggered and tells. Of a
+            // process that is gone the end is still to be read.
             Ok(n) => {
-                self.readable = *n == asked;
+                self.readable = *n == asked || self.host_done & SHUTDOWN_RECEIVE != 0;
                 self.credit.sent(*n);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,

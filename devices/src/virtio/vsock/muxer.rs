@@ -135,7 +135,7 @@ impl Muxer {
         self.questions = self.questions.wrapping_add(1);
         let id = (self.questions << 16) | u64::from(index);
         if let Err(error) = dialer.ask(Dial { id, port: request.destination_port }) {
-            log::warn!(
+            log::debug!(
                 "refused a connection of the guest's: cannot ask for port {}: {error}",
                 request.destination_port
             );

@@ -1,6 +1,12 @@
 //! A guest's driver, a parent process and callers on the host, all on the test's own thread.
 
+mod callers;
 mod handshake;
+mod hostile;
+mod lifecycle;
+mod model;
+mod restart;
+mod stream;
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
@@ -17,6 +23,8 @@ use super::*;
 use crate::testing::{Harness, Posted};
 
 pub(super) const CID: u64 = 42;
+/// Files watched while there is no connection: timer, dialer, listener.
+const BASELINE: usize = 3;
 /// What the test guest says of its own buffer unless a test says otherwise.
 pub(super) const GUEST_BUFFER: u32 = 256 * 1024;
 
@@ -26,7 +34,7 @@ pub(super) struct Vm {
     pub(super) server: DialServer,
     pub(super) clock: Clock,
     pub(super) socket: PathBuf,
-    directory: tempfile::TempDir,
+    _directory: tempfile::TempDir,
     posted: HashMap<u16, Posted>,
     /// Packets taken from the receive queue and not looked at yet.
     pub(super) inbox: VecDeque<(Header, Vec<u8>)>,
@@ -73,19 +81,41 @@ impl Vm {
         clock: Clock,
         directory: tempfile::TempDir,
     ) -> Self {
-        let harness = Harness::new(Box::new(device));
+        Self::around_boxed(Box::new(device), server, clock, directory)
+    }
+
+    pub(super) fn around_boxed(
+        device: Box<dyn VirtioDevice>,
+        server: DialServer,
+        clock: Clock,
+        directory: tempfile::TempDir,
+    ) -> Self {
+        Self::of(Harness::new(device), server, clock, directory)
+    }
+
+    pub(super) fn of(
+        harness: Harness,
+        server: DialServer,
+        clock: Clock,
+        directory: tempfile::TempDir,
+    ) -> Self {
         let socket = directory.path().join("vsock");
         let (posted, inbox) = (HashMap::new(), VecDeque::new());
-        Self { harness, server, clock, socket, directory, posted, inbox }
+        Self { harness, server, clock, socket, _directory: directory, posted, inbox }
     }
 
     /// The guest posts receive buffers.
     pub(super) fn post(&mut self, count: usize, size: u32) {
         for _ in 0..count {
-            let posted = self.harness.driver(RX).post(&[], &[size]);
-            self.posted.insert(posted.head, posted);
+            self.post_in_pieces(&[size]);
         }
         self.harness.kick(RX);
+    }
+
+    /// The guest posts one receive buffer of these pieces, without a kick.
+    pub(super) fn post_in_pieces(&mut self, pieces: &[u32]) {
+        let posted = self.harness.driver(RX).post(&[], pieces);
+        self.posted.insert(posted.head, posted);
     }
 
     /// Lets host files be seen until nothing happens any more, and takes what reached the guest. Filled
@@ -112,9 +142,8 @@ impl Vm {
                 assert_eq!((header.source_cid, header.destination_cid), (HOST_CID, CID));
                 self.inbox.push_back((header, bytes[44..len as usize].to_vec()));
             }
-            let size: u32 = posted.writable.iter().map(|(_, len)| *len).sum();
-            let posted = self.harness.driver(RX).post(&[], &[size]);
-            self.posted.insert(posted.head, posted);
+            let pieces: Vec<u32> = posted.writable.iter().map(|(_, len)| *len).collect();
+            self.post_in_pieces(&pieces);
         }
         if any {
             self.harness.kick(RX);
@@ -209,11 +238,6 @@ impl Vm {
         let n = stream.read(&mut line).unwrap();
         assert_eq!(line[..n], *format!("OK {}\n", key.local).as_bytes());
         (stream, key)
-    }
-
-    /// Files this process has open.
-    pub(super) fn directory(&self) -> &std::path::Path {
-        self.directory.path()
     }
 }
 

@@ -6,6 +6,7 @@ mod host;
 mod initramfs;
 mod kernel;
 mod modules;
+mod pulse;
 mod qemu;
 mod session;
 mod stream;

@@ -8,12 +8,12 @@ use super::Error;
 use super::kernel::{Kernel, run};
 
 /// Inserted at boot, in this order, dependencies first.
-const AT_BOOT: [&str; 7] = ["9pnet_virtio", "9p", "overlay", "virtio_console", "kvm_amd", "tun", "loop"];
+const AT_BOOT: [&str; 8] =
+    ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "kvm_amd", "tun", "loop"];
 /// At hand for whoever asks: the kernel itself, `modprobe`, or `ip link add type …`. An extra one costs 20 ms of boot,
 /// so nothing else is inserted.
-const ON_DEMAND: [&str; 43] = [
+const ON_DEMAND: [&str; 42] = [
     "crc32c_generic",
-    "virtio_pci",
     "virtio_rng",
     "virtio_blk",
     "virtio_net",

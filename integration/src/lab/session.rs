@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::pulse::Pulse;
 use super::stream::Tail;
 use super::workdir::Workdir;
 use super::{Error, Image, Options, Outcome, qemu};
@@ -18,6 +19,9 @@ use super::{Error, Image, Options, Outcome, qemu};
 const SHOWN: usize = 12;
 /// Lines of the console that are kept.
 const KEPT: usize = 10_000;
+
+/// How often the pulse is felt while nothing comes.
+const CHECK: Duration = Duration::from_secs(2);
 
 /// Where the command's output goes.
 pub(super) struct Sinks<'a> {
@@ -39,6 +43,7 @@ pub(super) struct Session {
     command_started: Option<Instant>,
     status: Option<(u8, Instant)>,
     limit: Duration,
+    pulse: Pulse,
 }
 
 /// One thing to wait for.
@@ -69,6 +74,7 @@ impl Session {
         let mut command = qemu::command(options, image, dir)?;
         let started = Instant::now();
         let mut child = command.spawn().map_err(Error::file("run", command.get_program()))?;
+        let pulse = Pulse::new(child.id());
         inputs.extend(child.stdout.take().map(Input::Console));
         inputs.extend(child.stderr.take().map(Input::Qemu));
         Ok(Self {
@@ -83,6 +89,7 @@ impl Session {
             command_started: None,
             status: None,
             limit: options.timeout,
+            pulse,
         })
     }
 
@@ -101,7 +108,11 @@ impl Session {
             if left.is_zero() {
                 return Err(Error::TimedOut { after: self.limit, console: self.console.last(SHOWN) });
             }
-            for index in self.ready(left)? {
+            let ready = self.ready(left.min(CHECK))?;
+            if ready.is_empty() && self.pulse.stopped() {
+                return Err(Error::Hung { after: self.started.elapsed(), console: self.console.last(SHOWN) });
+            }
+            for index in ready {
                 self.receive(index, &mut buffer, sinks)?;
             }
         }
@@ -163,10 +174,15 @@ impl Session {
         self.control.extend_from_slice(bytes);
         while let Some(end) = self.control.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.control.drain(..=end).collect();
-            match String::from_utf8_lossy(&line).trim_end().split_once(' ') {
-                None => self.command_started = Some(Instant::now()),
-                Some((_, status)) => self.status = Some((status.parse().unwrap_or(255), Instant::now())),
+            match String::from_utf8_lossy(&line).trim_end() {
+                "started" => self.command_started = Some(Instant::now()),
+                "beat" => {}
+                line => {
+                    let status = line.strip_prefix("exit ").and_then(|status| status.parse().ok());
+                    self.status = Some((status.unwrap_or(u8::MAX), Instant::now()));
+                }
             }
+            self.pulse.beat();
         }
     }
 

@@ -25,7 +25,7 @@ die() {
 }
 
 usage() {
-    say "usage: build.sh [--variant smp|up|debug] [--jobs N] [--out DIR] [--print-key | --print-config]"
+    say "usage: build.sh [--variant smp|up|hardened|debug] [--jobs N] [--out DIR] [--print-key | --print-config]"
     say "  --out DIR       also copy the results to DIR"
     say "  --print-key     print the cache key and build nothing"
     say "  --print-config  print the complete checked configuration and build nothing"
@@ -46,7 +46,7 @@ parse() {
         esac
         shift
     done
-    case $variant in smp | up | debug) ;; *) die "unknown variant '$variant'" '' "use smp, up or debug" ;; esac
+    case $variant in smp | up | hardened | debug) ;; *) die "unknown variant '$variant'" '' "use smp, up, hardened or debug" ;; esac
     [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "the number of jobs must be positive, not '$jobs'"
 }
 
@@ -69,7 +69,7 @@ check_tools() {
 fragments() {
     case $variant in
         smp | up) printf '%s\n' "${COMMON[@]}" "$variant" ;;
-        debug) printf '%s\n' "${COMMON[@]}" smp debug ;;
+        hardened | debug) printf '%s\n' "${COMMON[@]}" smp "$variant" ;;
     esac
 }
 

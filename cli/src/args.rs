@@ -1,6 +1,5 @@
 //! The command line: what can be said, and what it is turned into.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -168,11 +167,4 @@ fn device(text: &str) -> Result<DeviceSpec, String> {
     };
     serde_json::from_str(&json)
         .map_err(|error| format!("{error} (devices: {})", mvm_devices::virtio::NAMES.join(", ")))
-}
-
-impl Run {
-    /// The command with the entry point in front, as an image's configuration is overridden.
-    pub(crate) fn command_override(&self) -> Option<Vec<OsString>> {
-        (!self.command.is_empty()).then(|| self.command.iter().map(OsString::from).collect())
-    }
 }

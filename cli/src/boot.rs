@@ -39,6 +39,9 @@ pub(crate) fn boot(options: Boot) -> Result<u8, Failure> {
             let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
         }
     });
+    if let Some(calls) = machine.calls.take() {
+        std::thread::spawn(move || calls.forward());
+    }
     let left = Arc::new(AtomicBool::new(false));
     let raw = RawMode::enter().context(|| "cannot use this terminal".to_owned())?;
     let output = machine.console.take().map(|console| connect(console, pid, Arc::clone(&left)));
@@ -101,15 +104,7 @@ fn connect(console: Console, machine: nix::unistd::Pid, left: Arc<AtomicBool>) -
 }
 
 fn report(machine: &Machine, exit: &Exit, left: bool) {
-    let what = match exit {
-        Exit::Shutdown => "powered off".to_owned(),
-        Exit::Reboot => "asked for a reboot".to_owned(),
-        Exit::GuestPanic => "its kernel panicked".to_owned(),
-        Exit::TripleFault => "a triple fault ended it".to_owned(),
-        Exit::Stopped if left => "left with Ctrl-]".to_owned(),
-        Exit::Stopped => "stopped".to_owned(),
-        Exit::InternalError { detail } => detail.clone(),
-    };
+    let what = if left { "left with Ctrl-]".to_owned() } else { exit.to_string() };
     say(&format!("mvm: machine {}: {what}", machine.id()));
 }
 

@@ -1,6 +1,6 @@
 //! The two files every guest is made of: its kernel and its agent; and the initial RAM disk made of the latter.
 
-mod cpio;
+pub mod cpio;
 
 use std::fs;
 use std::io::Write;
@@ -47,7 +47,9 @@ impl GuestFiles {
         fs::create_dir_all(cache).context(failed)?;
         // Written aside and renamed: two starts at once both succeed, and a crash leaves no half file.
         let mut file = tempfile::NamedTempFile::new_in(cache).context(failed)?;
-        file.write_all(&cpio::archive(&agent)).context(failed)?;
+        let mut archive = cpio::Archive::new();
+        archive.program("init", &agent);
+        file.write_all(&archive.finish()).context(failed)?;
         file.persist(&path).map_err(|error| error.error).context(failed)?;
         Ok(path)
     }

@@ -53,6 +53,21 @@ impl Exit {
     }
 }
 
+impl std::fmt::Display for Exit {
+    /// What happened to the machine, to follow its name.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Exit::Shutdown => "powered off",
+            Exit::Reboot => "asked for a reboot",
+            Exit::GuestPanic => "its kernel panicked",
+            Exit::TripleFault => "a triple fault ended it",
+            Exit::Stopped => "stopped",
+            Exit::InternalError { detail } if detail.is_empty() => "KVM could not go on",
+            Exit::InternalError { detail } => detail,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,8 +1,9 @@
 //! A machine that runs: what it tells, what its agent is reached by, how it ends.
 
 use std::io::{PipeReader, PipeWriter};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use mvm_protocol::Identity;
 use mvm_vmm::config::MachineId;
 use mvm_vmm::exit::Exit;
 use mvm_vmm::launch::{Child, Ended};
@@ -10,6 +11,7 @@ use mvm_vmm::status::{Event, Stages};
 use nix::sys::signal::{Signal, kill};
 
 use super::calls::Calls;
+use crate::agent::AgentClient;
 use crate::failure::{Context, Failure};
 
 /// Our ends of the machine's console.
@@ -29,6 +31,7 @@ pub struct Machine {
     spawned_ns: u64,
     stages: Option<Stages>,
     first_exit: Option<(u64, u64)>,
+    called_ns: Option<u64>,
     ended: bool,
     /// The console, if the plan had one.
     pub console: Option<Console>,
@@ -44,7 +47,7 @@ impl Machine {
         console: Option<Console>,
         calls: Option<Calls>,
     ) -> Self {
-        Self { id, child, spawned_ns, stages: None, first_exit: None, ended: false, console, calls }
+        Self { id, child, spawned_ns, stages: None, first_exit: None, called_ns: None, ended: false, console, calls }
     }
 
     /// Its name.
@@ -70,6 +73,11 @@ impl Machine {
     /// When the guest ran first, and first returned, on CLOCK_MONOTONIC in nanoseconds, once it has.
     pub fn first_exit(&self) -> Option<(u64, u64)> {
         self.first_exit
+    }
+
+    /// When the agent called, on CLOCK_MONOTONIC in nanoseconds, once it has.
+    pub fn called_ns(&self) -> Option<u64> {
+        self.called_ns
     }
 
     /// The next thing the machine tells; `None` once its process has closed the stream.
@@ -129,23 +137,32 @@ impl Machine {
         }
     }
 
-    /// The agent's control connection, within `deadline`.
+    /// The agent, once it has called and said hello, within `deadline`.
     ///
     /// # Errors
-    /// The machine ended before its agent called, or the agent did not call in time.
-    pub fn agent_call(&mut self, deadline: Duration) -> Result<std::os::unix::net::UnixStream, Failure> {
-        let calls = self.calls.as_ref().ok_or_else(|| Failure::new("the machine has no vsock"))?;
-        match calls.control.recv_timeout(deadline) {
-            Ok(stream) => Ok(stream),
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+    /// The machine ended before its agent called, or the agent did not call in time, or spoke nonsense.
+    pub fn agent(&mut self, identity: Identity, deadline: Duration) -> Result<AgentClient, Failure> {
+        let help = "see what its kernel says: mvm boot --console=serial with a debug kernel";
+        let calls = self.calls.take().ok_or_else(|| Failure::new("the machine has no vsock"))?;
+        let end = Instant::now() + deadline;
+        let waited = calls.control(deadline);
+        match waited {
+            Ok(Some(control)) => {
+                self.called_ns = Some(mvm_vmm::status::now());
+                let left = end.saturating_duration_since(Instant::now());
+                AgentClient::connect(control, calls, identity, left)
+                    .context(|| format!("cannot talk to the agent of machine {}", self.id))
+            }
+            Ok(None) => {
                 let exit = self.wait()?;
-                Err(Failure::new(format!("machine {} ended before its agent was ready: {exit:?}", self.id))
-                    .help("see what its kernel says: mvm boot --console=serial with a debug kernel"))
+                Err(Failure::new(format!("machine {} ended before its agent was ready: {}", self.id, exit))
+                    .help(help))
             }
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                 Err(Failure::new(format!("the agent of machine {} did not call within {deadline:?}", self.id))
-                    .help("see what its kernel says: mvm boot --console=serial with a debug kernel"))
+                    .help(help))
             }
+            Err(error) => Err(Failure::because(format!("cannot answer the calls of machine {}", self.id), error)),
         }
     }
 
@@ -186,7 +203,7 @@ fn refused(id: &MachineId, message: &str, because: &[String], help: Option<&str>
 
 fn describe(ended: &Ended) -> String {
     match ended {
-        Ended::Exit(exit) => format!("{exit:?}"),
+        Ended::Exit(exit) => exit.to_string(),
         Ended::FailedToStart => "it could not start and did not say why".to_owned(),
         Ended::Code(code) => format!("its process exited with {code}"),
         Ended::Signal(signal) => format!("signal {signal} killed its process"),

@@ -7,12 +7,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use mvm_devices::virtio::{DeviceSpec, block, console, net, vsock};
+use mvm_devices::virtio::vsock::dialer::DialServer;
+use mvm_devices::virtio::{DeviceSpec, block, vsock};
 use mvm_vmm::config::{Boot, MachineConfig, Serial};
 use mvm_vmm::launch::{Files, Launch};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::calls::{self, Calls, VSOCK_SOCKET};
+use super::calls::{Calls, VSOCK_SOCKET};
 use super::plan::{ConsoleKind, Disk, Plan};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
@@ -20,8 +20,6 @@ use crate::net::{Net, TapNet, mac_of, open_tap};
 
 /// Name of the machine's control socket.
 pub const CONTROL_SOCKET: &str = "control.sock";
-/// Context id of every guest: each machine has a vsock of its own, so they need not differ.
-const GUEST_CID: u64 = 3;
 
 /// A plan whose files are open: what the machine's process is started with.
 #[derive(Debug)]
@@ -130,24 +128,24 @@ impl Opening {
     }
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
-        let slot = self.files.add(open_tap(&tap.name)?);
-        let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
-        self.devices.push(DeviceSpec::Net(net::Config::for_tap(slot, mac)));
-        Ok(())
+        let _ = (open_tap, mac_of, plan);
+        Err(Failure::new(format!("no network device for {}", tap.name)))
     }
 
     fn vsock(&mut self, sockets: Option<&Path>) -> Result<Calls, Failure> {
-        let kind = (AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
-        let (ours, theirs) = socketpair(kind.0, kind.1, None, kind.2)
-            .context(|| "cannot make a socket pair for the machine's vsock".to_owned())?;
+        let (server, theirs) =
+            DialServer::pair().context(|| "cannot make a socket pair for the machine's vsock".to_owned())?;
         let listener = match sockets {
             Some(dir) => Some(self.files.add(listen(&dir.join(VSOCK_SOCKET))?)),
             None => None,
         };
         let dialer = self.files.add(theirs);
-        self.devices.push(DeviceSpec::Vsock(vsock::Config::new(GUEST_CID, listener, Some(dialer))
-            .context(|| "cannot configure vsock".to_owned())?));
-        calls::answer(ours, sockets.map(PathBuf::from))
+        self.devices.push(DeviceSpec::Vsock(vsock::Config {
+            listener,
+            dialer: Some(dialer),
+            ..vsock::Config::new(vsock::GuestCid::FIRST)
+        }));
+        Ok(Calls::new(server, sockets.map(PathBuf::from)))
     }
 
     /// Connects the console; returns the kernel command line with what it needs.
@@ -159,7 +157,7 @@ impl Opening {
         let (input, output) = (self.files.add(input), self.files.add(output));
         match kind {
             ConsoleKind::Virtio => {
-                self.devices.push(DeviceSpec::Console(console::Config::interactive(Some(input), output)));
+                return Err(Failure::new("no console device"));
             }
             ConsoleKind::Serial => self.serial = Some(Serial { output, input: Some(input) }),
         }

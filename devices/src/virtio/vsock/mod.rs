@@ -83,6 +83,11 @@ pub struct GuestCid(u32);
 #[error("context id {0} is not a guest's: it must be from 3 to 4294967294")]
 pub struct BadCid(pub u32);
 
+impl GuestCid {
+    /// The least there is. Machines whose vsock ends in a process of their own may all have it.
+    pub const FIRST: Self = Self(3);
+}
+
 impl TryFrom<u32> for GuestCid {
     type Error = BadCid;
 

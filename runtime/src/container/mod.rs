@@ -1,0 +1,172 @@
+//! A container: an image, a machine around it, and one process in it.
+
+mod cost;
+mod process;
+mod timeline;
+
+pub use cost::Cost;
+pub use process::{NotRunnable, Overrides};
+pub use timeline::Timeline;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mvm_protocol::{Configure, DiskFilesystem, Identity, Interface, Lower, Route, SetupRoot, Writable};
+use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
+
+use crate::agent::{AgentClient, Process, ProcessSpec};
+use crate::failure::{Context, Failure};
+use crate::guest::GuestFiles;
+use crate::image::{Progress, Rootfs, Source, Store};
+use crate::machine::{Disk, Machine, Net, Plan, TapNet, prepare};
+use crate::net::mac_of;
+
+/// Name under which the agent keeps the container's root.
+pub const ROOT: &str = "main";
+/// Virtio serial of the disk the image lies on.
+const ROOT_SERIAL: &str = "root";
+/// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
+const AGENT_TIME: Duration = Duration::from_secs(60);
+/// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
+pub const CMDLINE: &str = "quiet loglevel=0 panic=-1 noreplace-smp random.trust_cpu=1 rdinit=/init";
+
+/// What a container is made of.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Name of the machine and host name of the guest.
+    pub id: MachineId,
+    /// Virtual CPUs.
+    pub cpus: VcpuCount,
+    /// RAM.
+    pub memory: MemSize,
+    /// Its network.
+    pub net: Net,
+    /// Refuse writes to the root file system.
+    pub read_only: bool,
+    /// Directory for the machine's sockets; without it there are none.
+    pub sockets: Option<PathBuf>,
+}
+
+/// A booted machine with a container's root in it.
+#[derive(Debug)]
+pub struct Container {
+    /// Its machine.
+    pub machine: Machine,
+    /// Its agent.
+    pub agent: Arc<AgentClient>,
+    /// When each stage was reached.
+    pub timeline: Timeline,
+}
+
+/// Where mvm keeps what outlives a machine: `MVM_STATE`, or `/var/lib/mvm`.
+pub fn state_dir() -> PathBuf {
+    std::env::var_os("MVM_STATE").map_or_else(|| PathBuf::from("/var/lib/mvm"), PathBuf::from)
+}
+
+/// The image as a root file system, from the store or made now.
+///
+/// # Errors
+/// It is no image, or the store cannot be used.
+pub fn root_file_system(image: &str, state: &Path, progress: &mut dyn Progress) -> Result<Rootfs, Failure> {
+    let source = Source::open(image).context(|| format!("cannot use {image} as an image"))?;
+    let store = Store::open(state.join("images"))
+        .context(|| format!("cannot use {} for images", state.display()))
+        .map_err(|failure| failure.help("run as root, or name another directory in MVM_STATE"))?;
+    store.rootfs(&source, progress).context(|| format!("cannot make a root file system of {image}"))
+}
+
+impl Container {
+    /// Boots a machine and sets the container's root up in it.
+    ///
+    /// # Errors
+    /// Whatever of it fails first; nothing is left behind then.
+    pub fn boot(request: &Request, image: &Rootfs, state: &Path) -> Result<Self, Failure> {
+        let guest = GuestFiles::find()?;
+        let initrd = guest.initrd(&state.join("guest"))?;
+        let plan = plan(request, image, guest, initrd);
+        let prepared = prepare(&plan)?;
+        let stderr = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned().ok();
+        let mut machine = prepared.start(stderr)?;
+        let mut timeline = Timeline::begin(machine.spawned_ns());
+        let agent = Arc::new(machine.agent(identity(&request.id), AGENT_TIME)?);
+        timeline.machine(&mut machine)?;
+        timeline.reach("agent says hello");
+        agent.set_up_root(root(request)).context(|| "cannot set the container's root up".to_owned())?;
+        timeline.reach("root is mounted");
+        if let Some(network) = network(request) {
+            agent.configure(network).context(|| "cannot configure the guest's network".to_owned())?;
+            timeline.reach("network is up");
+        }
+        Ok(Self { machine, agent, timeline })
+    }
+
+    /// Starts a process in the container.
+    ///
+    /// # Errors
+    /// [`NotRunnable`] at the bottom if the program is missing or cannot be executed.
+    pub fn start(&mut self, spec: ProcessSpec) -> Result<Process, Failure> {
+        let program = spec.args.first().cloned().unwrap_or_default();
+        let process = self.agent.start(spec).map_err(|error| process::start_failure(&program, error))?;
+        self.timeline.reach("process runs");
+        Ok(process)
+    }
+}
+
+fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf) -> Plan {
+    let root = Disk {
+        path: image.path.clone(),
+        read_only: true,
+        serial: ROOT_SERIAL.to_owned(),
+        throwaway: false,
+    };
+    Plan {
+        id: request.id.clone(),
+        cpus: request.cpus,
+        memory: request.memory,
+        kernel: guest.kernel,
+        initrd: Some(initrd),
+        cmdline: CMDLINE.to_owned(),
+        disks: vec![root],
+        nets: vec![request.net.clone()],
+        console: None,
+        vsock: true,
+        devices: Vec::new(),
+        sockets: request.sockets.clone(),
+    }
+}
+
+fn identity(id: &MachineId) -> Identity {
+    let mut entropy = [0; 32];
+    // Without it the guest still has its CPU's and its kernel's own randomness.
+    let _ = mvm_devices::sys::random(&mut entropy);
+    let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Identity {
+        hostname: id.to_string(),
+        wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(0),
+        entropy,
+    }
+}
+
+fn root(request: &Request) -> SetupRoot {
+    SetupRoot {
+        id: ROOT.to_owned(),
+        lower: vec![Lower::Disk { serial: ROOT_SERIAL.to_owned(), filesystem: DiskFilesystem::Erofs }],
+        writable: if request.read_only { Writable::No } else { Writable::Tmpfs { size: 0 } },
+    }
+}
+
+fn network(request: &Request) -> Option<Configure> {
+    let Net::Tap(TapNet { name, mac, address, gateway }) = &request.net else { return None };
+    let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id)));
+    let interface =
+        Interface { mac, name: "eth0".to_owned(), mtu: 0, addresses: address.iter().copied().collect() };
+    let routes = gateway.map(|gateway| Route {
+        destination: None,
+        gateway: Some(gateway),
+        interface: "eth0".to_owned(),
+        metric: 0,
+        on_link: true,
+    });
+    Some(Configure { interfaces: vec![interface], routes: routes.into_iter().collect(), ..Default::default() })
+}

@@ -6,7 +6,7 @@ mod stdio;
 use std::io::IsTerminal;
 
 use mvm_runtime::agent::StdioSpec;
-use mvm_runtime::container::{Container, Cost, NotRunnable, Overrides, Request, root_file_system, state_dir};
+use mvm_runtime::container::{Container, Cost, NotRunnable, Overrides, Request, Upper, root_file_system, state_dir};
 use mvm_runtime::failure::{Context, Failure};
 use mvm_vmm::config::MachineId;
 use nix::sys::signal::Signal;
@@ -80,6 +80,7 @@ fn request(options: &Run) -> Result<Request, Failure> {
         memory: options.shape.memory,
         net: options.net.clone(),
         read_only: options.read_only,
+        upper: Upper::Memory,
         sockets: None,
     })
 }

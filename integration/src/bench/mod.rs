@@ -1,9 +1,6 @@
 //! The figures: each a ratio in one run, or virtual time in the deterministic lab, with its raw rows.
 
-pub mod flat;
-pub mod native;
 pub mod report;
-pub mod virtual_time;
 
 pub use report::{Figure, Report};
 

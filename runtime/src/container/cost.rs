@@ -3,13 +3,13 @@
 use std::fs;
 use std::io;
 
-/// Host memory of one machine's process, in KiB. Pages that several machines share (kernel image, agent,
-/// programs) count by their share, as the kernel's proportional set size does.
+/// Host memory of one machine's process, in KiB. Pages of files (kernel image, agent, programs) are there once
+/// for all machines and count by this one's share, as the kernel's proportional set size does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Guest memory that is there for this machine alone.
+    /// Guest memory that belongs to this machine: anonymous pages, and pages of files it has written to.
     pub guest_private_kib: u64,
-    /// Its share of guest memory that other machines have too, or could: pages of files.
+    /// Its share of guest memory that is clean pages of files.
     pub guest_shared_kib: u64,
     /// Everything else of the process: the VMM.
     pub vmm_kib: u64,
@@ -35,8 +35,8 @@ impl Cost {
         let mut cost = Self::default();
         for mapping in &mappings {
             if guest.is_some_and(|(start, end)| start <= mapping.start && mapping.end <= end) {
-                cost.guest_private_kib += mapping.private;
-                cost.guest_shared_kib += mapping.pss.saturating_sub(mapping.private);
+                cost.guest_private_kib += mapping.anonymous;
+                cost.guest_shared_kib += mapping.pss.saturating_sub(mapping.anonymous);
             } else {
                 cost.vmm_kib += mapping.pss;
             }
@@ -50,7 +50,7 @@ struct Mapping {
     start: u64,
     end: u64,
     pss: u64,
-    private: u64,
+    anonymous: u64,
 }
 
 fn mappings(smaps: &str) -> Vec<Mapping> {
@@ -61,7 +61,7 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
         let kib = second.and_then(|word| word.parse::<u64>().ok());
         match (first, kib, all.last_mut()) {
             ("Pss:", Some(kib), Some(mapping)) => mapping.pss = kib,
-            ("Private_Clean:" | "Private_Dirty:", Some(kib), Some(mapping)) => mapping.private += kib,
+            ("Anonymous:", Some(kib), Some(mapping)) => mapping.anonymous = kib,
             _ => {
                 if let Some((start, end)) = first.split_once('-')
                     && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
@@ -100,20 +100,19 @@ mod tests {
     const SMAPS: &str = "\
 400000-500000 r-xp 00000000 00:00 1 /usr/bin/mvm-vmm
 Pss:                 300 kB
-Private_Clean:       100 kB
+Anonymous:             0 kB
 7f0000000000-7f0000100000 rw-p 00000000 00:00 0
 Pss:                1000 kB
-Private_Dirty:      1000 kB
+Anonymous:          1000 kB
 7f0000100000-7f0000200000 rw-p 00000000 00:00 7 /share/vmlinux
 Pss:                 600 kB
-Private_Clean:         0 kB
-Private_Dirty:       200 kB
+Anonymous:           200 kB
 7f0000200000-7f0000400000 rw-p 00000000 00:00 0
 Pss:                  50 kB
-Private_Dirty:        50 kB
+Anonymous:            50 kB
 7fff00000000-7fff00010000 rw-p 00000000 00:00 0 [stack]
 Pss:                  12 kB
-Private_Dirty:        12 kB
+Anonymous:            12 kB
 ";
 
     #[test]

@@ -26,6 +26,8 @@ use crate::net::mac_of;
 pub const ROOT: &str = "main";
 /// Virtio serial of the disk the image lies on.
 const ROOT_SERIAL: &str = "root";
+/// Virtio serial of the disk that writes go to.
+const UPPER_SERIAL: &str = "upper";
 /// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
 const AGENT_TIME: Duration = Duration::from_secs(60);
 /// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
@@ -44,8 +46,20 @@ pub struct Request {
     pub net: Net,
     /// Refuse writes to the root file system.
     pub read_only: bool,
+    /// Where they go otherwise.
+    pub upper: Upper,
     /// Directory for the machine's sockets; without it there are none.
     pub sockets: Option<PathBuf>,
+}
+
+/// Where a container's writes go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Upper {
+    /// Into the guest's memory; gone with the machine.
+    #[default]
+    Memory,
+    /// Onto an ext4 file system on this raw disk.
+    Disk(PathBuf),
 }
 
 /// A booted machine with a container's root in it.
@@ -114,12 +128,16 @@ impl Container {
 }
 
 fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf) -> Plan {
-    let root = Disk {
-        path: image.path.clone(),
-        read_only: true,
-        serial: ROOT_SERIAL.to_owned(),
+    let disk = |path: &Path, serial: &str, read_only| Disk {
+        path: path.to_path_buf(),
+        read_only,
+        serial: serial.to_owned(),
         throwaway: false,
     };
+    let mut disks = vec![disk(&image.path, ROOT_SERIAL, true)];
+    if let Upper::Disk(path) = &request.upper {
+        disks.push(disk(path, UPPER_SERIAL, false));
+    }
     Plan {
         id: request.id.clone(),
         cpus: request.cpus,
@@ -127,7 +145,7 @@ fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf) -
         kernel: guest.kernel,
         initrd: Some(initrd),
         cmdline: CMDLINE.to_owned(),
-        disks: vec![root],
+        disks,
         nets: vec![request.net.clone()],
         console: None,
         vsock: true,
@@ -152,7 +170,11 @@ fn root(request: &Request) -> SetupRoot {
     SetupRoot {
         id: ROOT.to_owned(),
         lower: vec![Lower::Disk { serial: ROOT_SERIAL.to_owned(), filesystem: DiskFilesystem::Erofs }],
-        writable: if request.read_only { Writable::No } else { Writable::Tmpfs { size: 0 } },
+        writable: match &request.upper {
+            _ if request.read_only => Writable::No,
+            Upper::Memory => Writable::Tmpfs { size: 0 },
+            Upper::Disk(_) => Writable::Disk { serial: UPPER_SERIAL.to_owned() },
+        },
     }
 }
 

@@ -4,6 +4,9 @@
 //! afterwards is never looked at again. The buffers' *contents* stay shared, so a device copies a header
 //! out before it decides by it.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use virtio_queue::desc::split::Descriptor;

@@ -58,6 +58,13 @@ impl Interrupt for Recorder {
     }
 }
 
+impl Recorder {
+    /// Notifications of queue `index`.
+    pub fn queue_count(&self, index: u16) -> u64 {
+        self.queues.lock().unwrap().get(&index).copied().unwrap_or(0)
+    }
+}
+
 /// What a device watches.
 #[derive(Debug, Default)]
 pub struct Watched(BTreeMap<RawFd, (u32, EventSet)>);
@@ -196,7 +203,7 @@ impl Harness {
 
     /// Notifications sent for queue `index`.
     pub fn interrupts(&self, index: u16) -> u64 {
-        self.recorder.queues.lock().unwrap().get(&index).copied().unwrap_or(0)
+        self.recorder.queue_count(index)
     }
 
     /// Configuration-change notifications sent.
@@ -258,8 +265,21 @@ impl Driver {
         Self { index, size, memory, event_idx, available: 0, used: 0, next_descriptor: 0, next_buffer }
     }
 
+    /// Lets both rings begin at `position`, as if so many chains had gone through already.
+    pub fn begin_at(&mut self, position: u16) -> RingState {
+        self.used = position;
+        self.memory.write_obj(position, GuestAddress(self.used_ring() + 2)).unwrap();
+        self.set_available_index(position);
+        RingState { next_available: position, next_used: position, ..self.registers() }
+    }
+
     fn buffers(index: u16) -> u64 {
         HIGH + u64::from(index) * (1 << 20)
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// Address of the descriptor table.

@@ -4,8 +4,8 @@
 //! There is no INTx: no function has an interrupt pin.
 
 pub mod config;
-pub mod msix;
 pub mod host_bridge;
+pub mod msix;
 
 /// Bytes of configuration space of one function (PCI Express).
 pub const CONFIG_SPACE_SIZE: usize = 4096;

@@ -54,15 +54,9 @@ impl Model {
         let there = usize::from(self.queue_select) < self.queues.len();
         match (at, width) {
             (0x00, 4) => self.device_select.into(),
-            (0x04, 4)
-                if self.device_select < 2 => {
-                    (OFFERED >> (32 * self.device_select)) & 0xffff_ffff
-                }
+            (0x04, 4) if self.device_select < 2 => (OFFERED >> (32 * self.device_select)) & 0xffff_ffff,
             (0x08, 4) => self.driver_select.into(),
-            (0x0c, 4)
-                if self.driver_select < 2 => {
-                    (self.accepted >> (32 * self.driver_select)) & 0xffff_ffff
-                }
+            (0x0c, 4) if self.driver_select < 2 => (self.accepted >> (32 * self.driver_select)) & 0xffff_ffff,
             (0x10, 2) => self.config_vector.into(),
             (0x12, 2) => self.queues.len() as u64,
             (0x14, 1) => u64::from(self.status) | if self.needs_reset { 64 } else { 0 },
@@ -70,10 +64,7 @@ impl Model {
             (0x18, 2) => queue.size.into(),
             (0x1a, 2) => queue.vector.into(),
             (0x1c, 2) => queue.enabled.into(),
-            (0x1e, 2)
-                if there => {
-                    self.queue_select.into()
-                }
+            (0x1e, 2) if there => self.queue_select.into(),
             (0x20 | 0x28 | 0x30, 8) => queue.addresses[usize::try_from(at - 0x20).unwrap() / 8],
             (0x20..0x38, 4) if at.is_multiple_of(4) => {
                 let address = queue.addresses[usize::try_from(at - 0x20).unwrap() / 8];

@@ -1,0 +1,427 @@
+//! The ring against a driver that does anything (names as in the transport's tests; `q_` is the hostile
+//! driver at the ring).
+
+use std::collections::VecDeque;
+use std::num::Wrapping;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::{Notify, Ring, RingCounters, RingOptions, Served, crosses_event};
+use crate::chain::Chain;
+use crate::error::{ChainError, Error, RingError};
+use crate::memory::{Bytes, GuestAddress};
+use crate::testing::{Descriptor, Driver, NEXT, Recorder, memory};
+
+const SIZE: u16 = 8;
+
+fn driver(event_idx: bool) -> Driver {
+    Driver::new(0, SIZE, memory(), event_idx)
+}
+
+/// The device's side of `driver`, at `position`.
+fn ring_at(driver: &mut Driver, position: u16, event_idx: bool) -> Ring {
+    let options = RingOptions { index: 0, max_size: SIZE, event_idx, indirect: true };
+    let registers = driver.begin_at(position);
+    Ring::new(registers, options, Arc::clone(driver.memory()), RingCounters::default()).unwrap()
+}
+
+fn serve(ring: &mut Ring, recorder: &Recorder) -> Result<Served, Error> {
+    ring.serve(recorder, Notify::Batch, |chain| Ok(chain.writer().remaining()))
+}
+
+fn cause(result: Result<impl Sized, Error>) -> RingError {
+    match result {
+        Err(Error::Ring { ring: 0, cause }) => cause,
+        Err(error) => panic!("another error: {error}"),
+        Ok(_) => panic!("no error"),
+    }
+}
+
+#[test]
+fn c_024_q_30_an_available_index_that_jumps_breaks_the_ring() {
+    for jump in [SIZE + 1, 0x7fff, 0x8000, 0xffff] {
+        let mut driver = driver(false);
+        let mut ring = ring_at(&mut driver, 5, false);
+        driver.set_available_index(5u16.wrapping_add(jump));
+        assert_eq!(cause(serve(&mut ring, &Recorder::default())), RingError::AvailIndex, "jump by {jump:#x}");
+        assert_eq!(driver.used_index(), 5);
+    }
+}
+
+#[test]
+fn q_30_a_full_ring_is_no_jump() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0xfffc, false);
+    for _ in 0..SIZE {
+        driver.post(&[], &[4]);
+    }
+    assert_eq!(serve(&mut ring, &Recorder::default()).unwrap(), Served::More);
+    assert_eq!(driver.used_index(), 4);
+}
+
+#[test]
+fn c_025_without_event_idx_only_the_flag_counts() {
+    for (flags, used_event, expected) in
+        [(0, 0, 1), (0, 0xffff, 1), (1, 0, 0), (1, 7, 0), (2, 0, 1), (0xfffe, 0, 1), (0xffff, 0, 0)]
+    {
+        let mut driver = driver(false);
+        let mut ring = ring_at(&mut driver, 0, false);
+        let recorder = Recorder::default();
+        driver.set_flags(flags);
+        driver.set_used_event(used_event);
+        driver.post(&[], &[4]);
+        assert_eq!(serve(&mut ring, &recorder).unwrap(), Served::All);
+        assert_eq!(recorder.queue_count(0), expected, "flags {flags:#x} used_event {used_event:#x}");
+    }
+}
+
+#[test]
+fn c_026_q_36_with_event_idx_only_the_entry_waited_for_counts() {
+    for start in [0u16, 1, 0x7ffe, 0x8000, 0xfffd, 0xfffe, 0xffff] {
+        for chains in 1..=SIZE {
+            for distance in (-10i32..20).chain([0x7fff, 0x8000]) {
+                for flags in [0, 1] {
+                    let mut driver = driver(true);
+                    let mut ring = ring_at(&mut driver, start, true);
+                    let recorder = Recorder::default();
+                    let event = i32::from(start).wrapping_add(distance).rem_euclid(0x1_0000);
+                    driver.set_flags(flags);
+                    driver.set_used_event(u16::try_from(event).unwrap());
+                    for _ in 0..chains {
+                        driver.post(&[], &[4]);
+                    }
+                    let _ = serve(&mut ring, &recorder).unwrap();
+                    let expected = u64::from((0..i32::from(chains)).contains(&distance));
+                    assert_eq!(
+                        recorder.queue_count(0),
+                        expected,
+                        "{chains} from {start:#x}, event {event:#x}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn c_028_c_029_used_entries_name_the_head_and_the_length_in_order() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0xfffe, false);
+    let heads: Vec<_> = (1..=4).map(|n| driver.post(&[b"abc"], &[n]).head).collect();
+    let _ = serve(&mut ring, &Recorder::default()).unwrap();
+    let used: Vec<_> = std::iter::from_fn(|| driver.take()).collect();
+    let expected: Vec<_> = heads.into_iter().zip(1..=4).collect();
+    assert_eq!(used, expected);
+}
+
+#[test]
+fn c_030_used_flags_are_zero_or_one_and_zero_with_event_idx() {
+    for event_idx in [false, true] {
+        let mut driver = driver(event_idx);
+        let mut ring = ring_at(&mut driver, 0, event_idx);
+        let flags =
+            |driver: &Driver| -> u16 { driver.memory().read_obj(GuestAddress(driver.used_ring())).unwrap() };
+        ring.disable_kicks().unwrap();
+        assert_eq!(flags(&driver), u16::from(!event_idx));
+        driver.post(&[], &[4]);
+        let _ = serve(&mut ring, &Recorder::default()).unwrap();
+        assert_eq!(flags(&driver), 0);
+    }
+}
+
+#[test]
+fn with_event_idx_the_driver_is_asked_to_kick_at_the_next_chain() {
+    let mut driver = driver(true);
+    let mut ring = ring_at(&mut driver, 0xffff, true);
+    driver.post(&[], &[4]);
+    assert_eq!(serve(&mut ring, &Recorder::default()).unwrap(), Served::All);
+    let at = driver.used_ring() + 4 + 8 * u64::from(SIZE);
+    let avail_event: u16 = driver.memory().read_obj(GuestAddress(at)).unwrap();
+    assert_eq!(avail_event, 0);
+}
+
+#[test]
+fn a_chain_posted_while_kicks_are_switched_on_again_is_not_missed() {
+    let mut driver = driver(true);
+    let mut ring = ring_at(&mut driver, 0, true);
+    ring.disable_kicks().unwrap();
+    assert!(ring.pop().unwrap().is_none());
+    driver.post(&[], &[4]);
+    assert!(ring.enable_kicks().unwrap(), "look again");
+}
+
+#[test]
+fn c_031_q_34_kicks_with_nothing_new_change_nothing() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let recorder = Recorder::default();
+    for _ in 0..100_000 {
+        assert_eq!(serve(&mut ring, &recorder).unwrap(), Served::All);
+    }
+    assert_eq!((driver.used_index(), recorder.queue_count(0)), (0, 0));
+}
+
+#[test]
+fn q_31_q_38_the_ring_is_filled_and_drained_past_the_wrap_many_times() {
+    let mut driver = driver(true);
+    let mut ring = ring_at(&mut driver, 0xff00, true);
+    let recorder = Recorder::default();
+    for round in 0..20_000u32 {
+        let heads: Vec<_> = (0..SIZE).map(|_| driver.post(&[], &[4]).head).collect();
+        let _ = serve(&mut ring, &recorder).unwrap();
+        let used: Vec<_> = std::iter::from_fn(|| driver.take()).map(|(head, _)| head).collect();
+        assert_eq!(used, heads, "round {round}");
+    }
+}
+
+#[test]
+fn q_32_a_head_that_the_device_has_already_breaks_the_ring() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let posted = driver.post(&[], &[4]);
+    let chain = ring.pop().unwrap().unwrap();
+    driver.offer(posted.head);
+    assert_eq!(cause(ring.pop()), RingError::InFlight(posted.head));
+    drop(chain);
+}
+
+#[test]
+fn a_head_may_come_again_once_it_was_given_back() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let posted = driver.post(&[], &[4]);
+    for _ in 0..20 {
+        let chain = ring.pop().unwrap().unwrap();
+        ring.complete(chain, 0).unwrap();
+        ring.publish().unwrap();
+        driver.offer(posted.head);
+    }
+    assert_eq!(driver.used_index(), 20);
+}
+
+#[test]
+fn q_33_a_head_past_the_table_breaks_the_ring_in_every_slot() {
+    for slot in 0..SIZE {
+        for head in [SIZE, SIZE + 1, 0x8000, 0xffff] {
+            let mut driver = driver(false);
+            let mut ring = ring_at(&mut driver, slot, false);
+            driver.offer(head);
+            assert_eq!(cause(serve(&mut ring, &Recorder::default())), RingError::Head(head));
+        }
+    }
+}
+
+#[test]
+fn q_35_what_the_driver_writes_to_the_used_ring_is_not_believed() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    for round in 1..=20u16 {
+        let used = driver.used_ring();
+        driver.memory().write_slice(&[0xee; 4 + 8 * SIZE as usize], GuestAddress(used)).unwrap();
+        let posted = driver.post(&[], &[4]);
+        let _ = serve(&mut ring, &Recorder::default()).unwrap();
+        assert_eq!(driver.used_index(), round);
+        let slot = used + 4 + 8 * u64::from((round - 1) % SIZE);
+        let id: u32 = driver.memory().read_obj(GuestAddress(slot)).unwrap();
+        assert_eq!(id, u32::from(posted.head));
+    }
+}
+
+#[test]
+fn q_37_garbage_in_the_available_flags_is_ignored() {
+    for flags in [0xfffe, 0x5554, 2] {
+        let mut driver = driver(false);
+        let mut ring = ring_at(&mut driver, 0, false);
+        let recorder = Recorder::default();
+        driver.set_flags(flags);
+        driver.post(&[], &[4]);
+        let _ = serve(&mut ring, &recorder).unwrap();
+        assert_eq!((driver.used_index(), recorder.queue_count(0)), (1, 1));
+    }
+}
+
+#[test]
+fn a_malformed_chain_is_given_back_with_length_zero_counted_and_announced() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let recorder = Recorder::default();
+    driver.describe(7, Descriptor { address: 0x1000, len: 4, flags: NEXT, next: 7 });
+    driver.offer(7);
+    assert_eq!(serve(&mut ring, &recorder).unwrap(), Served::All);
+    assert_eq!(driver.take(), Some((7, 0)));
+    assert_eq!((ring.counters.refused.get(), ring.counters.chains.get()), (1, 0));
+    assert_eq!(recorder.queue_count(0), 1);
+}
+
+#[test]
+fn a_request_the_device_refuses_is_given_back_and_the_next_is_served() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let bad = driver.post(&[b"bad"], &[4]);
+    let good = driver.post(&[b"good"], &[4]);
+    let device = |chain: &Chain| match chain.reader().remaining() {
+        3 => Err(ChainError::Malformed("bad").into()),
+        _ => Ok(4),
+    };
+    let _ = ring.serve(&Recorder::default(), Notify::Each, device).unwrap();
+    assert_eq!((driver.take(), driver.take()), (Some((bad.head, 0)), Some((good.head, 4))));
+    assert_eq!(ring.counters.refused.get(), 1);
+}
+
+#[test]
+fn a_failing_device_gives_its_chain_back_and_leaves_the_rest() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let recorder = Recorder::default();
+    let first = driver.post(&[], &[4]);
+    driver.post(&[], &[4]);
+    let broken = |_: &Chain| Err(Error::device("work")(std::io::ErrorKind::BrokenPipe.into()));
+    assert!(matches!(ring.serve(&recorder, Notify::Batch, broken), Err(Error::Device { .. })));
+    assert_eq!((driver.take(), driver.take()), (Some((first.head, 0)), None));
+    assert_eq!(recorder.queue_count(0), 1);
+}
+
+#[test]
+fn an_undone_chain_is_popped_again() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0xffff, false);
+    let posted = driver.post(&[b"abc"], &[]);
+    let chain = ring.pop().unwrap().unwrap();
+    ring.undo(chain);
+    assert_eq!(ring.state().next_available, 0xffff);
+    assert_eq!(ring.pop().unwrap().unwrap().head(), posted.head);
+}
+
+#[test]
+fn a_ring_built_from_its_state_goes_on_where_it_stood() {
+    let mut driver = driver(true);
+    let mut ring = ring_at(&mut driver, 0xfffe, true);
+    for _ in 0..3 {
+        driver.post(&[], &[4]);
+        let _ = serve(&mut ring, &Recorder::default()).unwrap();
+        driver.take();
+    }
+    let options = RingOptions { index: 0, max_size: SIZE, event_idx: true, indirect: true };
+    let memory = Arc::clone(driver.memory());
+    let mut again = Ring::new(ring.state(), options, memory, RingCounters::default()).unwrap();
+    let recorder = Recorder::default();
+    driver.set_used_event(1);
+    let posted = driver.post(&[], &[4]);
+    let _ = serve(&mut again, &recorder).unwrap();
+    assert_eq!((driver.take(), recorder.queue_count(0)), (Some((posted.head, 4)), 1));
+}
+
+#[test]
+fn p_03_the_notification_rule_is_right_for_every_8_bit_case() {
+    let rule = |event: u8, new: u8, old: u8| {
+        let [event, new, old] = [event, new, old].map(Wrapping);
+        new - event - Wrapping(1) < new - old
+    };
+    for old in 0..=255u8 {
+        for event in 0..=255u8 {
+            let mut passed = false;
+            for steps in 0..=255u8 {
+                let new = old.wrapping_add(steps);
+                assert_eq!(rule(event, new, old), passed, "event {event} new {new} old {old}");
+                passed |= new == event;
+            }
+        }
+    }
+}
+
+/// What may happen to a ring, in any order.
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Post,
+    PostBad,
+    Pop,
+    Undo,
+    Complete(usize),
+    Publish,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => Just(Op::Post),
+        1 => Just(Op::PostBad),
+        3 => Just(Op::Pop),
+        1 => Just(Op::Undo),
+        3 => (0usize..8).prop_map(Op::Complete),
+        2 => Just(Op::Publish),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn p_03_the_notification_rule_is_right_for_16_bits(event: u16, new: u16, old: u16, near in -3i32..3) {
+        let near = u16::try_from((i32::from(new) + near).rem_euclid(0x1_0000)).unwrap();
+        for event in [event, near, new, old] {
+            // Entries `old` up to and without `new` were written: was the one waited for among them?
+            let passed = event.wrapping_sub(old) < new.wrapping_sub(old);
+            prop_assert_eq!(crosses_event(Wrapping(event), Wrapping(new), Wrapping(old)), passed);
+        }
+    }
+
+    #[test]
+    fn p_02_every_chain_is_in_one_place_and_comes_back_once(
+        start in prop_oneof![0xfff0u16..=0xffff, 0u16..4, any::<u16>()],
+        ops in proptest::collection::vec(op(), 1..200),
+    ) {
+        let mut driver = driver(false);
+        let mut ring = ring_at(&mut driver, start, false);
+        let mut free: Vec<u16> = (0..SIZE).collect();
+        let (mut posted, mut flying, mut returned) = (VecDeque::new(), Vec::<Chain>::new(), VecDeque::new());
+        let mut last = None;
+        for op in ops {
+            match op {
+                Op::Post | Op::PostBad => {
+                    if let Some(head) = free.pop() {
+                        let bad = matches!(op, Op::PostBad);
+                        let flags = if bad { NEXT } else { 0 };
+                        driver.describe(head, Descriptor { address: 0x1000, len: 4, flags, next: SIZE });
+                        driver.offer(head);
+                        posted.push_back((head, bad));
+                    }
+                }
+                Op::Pop => {
+                    while let Some((head, true)) = posted.front() {
+                        returned.push_back(*head);
+                        posted.pop_front();
+                    }
+                    let chain = ring.pop().unwrap();
+                    prop_assert_eq!(chain.as_ref().map(Chain::head), posted.pop_front().map(|(head, _)| head));
+                    last = chain.as_ref().map(Chain::head);
+                    flying.extend(chain);
+                }
+                Op::Undo => {
+                    if let Some(head) = last.take() {
+                        let chain = flying.pop().unwrap();
+                        prop_assert_eq!(chain.head(), head);
+                        ring.undo(chain);
+                        posted.push_front((head, false));
+                    }
+                }
+                Op::Complete(n) => {
+                    last = None;
+                    if !flying.is_empty() {
+                        let chain = flying.remove(n % flying.len());
+                        returned.push_back(chain.head());
+                        ring.complete(chain, 4).unwrap();
+                    }
+                }
+                Op::Publish => {
+                    ring.publish().unwrap();
+                    while let Some((head, _)) = driver.take() {
+                        prop_assert_eq!(Some(head), returned.pop_front());
+                        free.push(head);
+                    }
+                    prop_assert!(returned.is_empty(), "completed, published and not there: {:?}", returned);
+                }
+            }
+            let count = free.len() + posted.len() + flying.len() + returned.len();
+            // Refused chains are published at once, and so are those completed before them.
+            prop_assert_eq!(count, usize::from(SIZE));
+        }
+    }
+}

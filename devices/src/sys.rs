@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub mod file;
+pub mod tap;
 
 use std::io;
 use std::marker::PhantomData;
@@ -249,4 +250,9 @@ fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
             }
         }
     }
+}
+
+/// A call's answer of 0 or -1 as a result.
+fn check(answer: libc::c_int) -> io::Result<()> {
+    if answer == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -201,6 +201,11 @@ impl Harness {
         self.watched.0.values().filter(|(token, _)| *token >= 1 << 16).count()
     }
 
+    /// Where the device stands on queue `index`, as it would be saved.
+    pub fn ring_state(&self, index: u16) -> RingState {
+        self.task.ring_states()[usize::from(index)].unwrap()
+    }
+
     /// Notifications sent for queue `index`.
     pub fn interrupts(&self, index: u16) -> u64 {
         self.recorder.queue_count(index)

@@ -15,6 +15,16 @@ pub fn status_flags(file: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     }
 }
 
+/// Makes reads and writes of an open file answer `WouldBlock` instead of waiting.
+///
+/// # Errors
+/// The host's reason.
+pub fn set_nonblocking(file: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = status_flags(file)? | libc::O_NONBLOCK;
+    // SAFETY: F_SETFL takes a number and touches no memory of ours.
+    super::check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })
+}
+
 /// Locks a whole file without waiting, exclusively or shared, for as long as this open file description
 /// lives: closing another description of the same file does not end it, as it would a POSIX lock.
 ///
@@ -30,7 +40,7 @@ pub fn lock(file: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
         l_pid: 0, // required to be 0 for a description's lock
     };
     // SAFETY: F_OFD_SETLK reads one flock, which outlives the call.
-    done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
+    super::check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
 }
 
 /// Gives the storage behind a range back; it reads as zeroes from then on. The file's size stays.
@@ -55,14 +65,10 @@ fn allocate(file: BorrowedFd<'_>, mode: libc::c_int, offset: u64, len: u64) -> i
     let len = libc::off_t::try_from(len).map_err(too_far)?;
     loop {
         // SAFETY: fallocate takes plain numbers and touches no memory of ours.
-        let result = done(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) });
+        let result = super::check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) });
         match result {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
         }
     }
-}
-
-fn done(result: libc::c_int) -> io::Result<()> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -73,6 +73,8 @@ macro_rules! devices {
 devices! {
     /// A disk.
     block Block;
+    /// A network card.
+    net Net;
     /// Host entropy.
     rng Rng;
     /// Sockets between host and guest.

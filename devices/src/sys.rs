@@ -13,6 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use crate::chain::Cursor;
 use crate::memory::VolatileSlice;
 
+/// Size of a host page on x86-64.
+const HOST_PAGE: usize = 4096;
 /// Buffers of one system call; longer requests take several.
 const MAX_BUFFERS: usize = 64;
 
@@ -192,6 +194,31 @@ pub fn receive_with_file(
         }
     }
     Ok((message.bytes, first))
+}
+
+/// Gives the whole host pages inside `slice` back to the host and returns their bytes. What the guest
+/// reads there next is what its memory began with: zeroes, or the bytes of the file mapped there. `shared`
+/// says that the mapping is, and then the file loses the pages too.
+///
+/// # Errors
+/// The host's reason; memory of huge pages can only be dropped in those.
+pub fn discard(slice: &VolatileSlice<'_>, shared: bool) -> io::Result<usize> {
+    let page = HOST_PAGE;
+    let guard = slice.ptr_guard_mut();
+    let skip = guard.as_ptr().align_offset(page);
+    let len = slice.len().saturating_sub(skip).checked_div(page).unwrap_or(0).saturating_mul(page);
+    if len == 0 {
+        return Ok(0);
+    }
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    let start = guard.as_ptr().wrapping_add(skip);
+    retry(|| {
+        // SAFETY: the range lies inside a mapped guest region that outlives the call (the slice borrows
+        // it). It stays mapped; only its contents change, which guest memory's always may.
+        let result = unsafe { libc::madvise(start.cast(), len, advice) };
+        libc::ssize_t::try_from(result).unwrap_or(-1)
+    })?;
+    Ok(len)
 }
 
 /// Fills `bytes` from the host's entropy pool.

@@ -77,6 +77,8 @@ devices! {
     net Net;
     /// Host entropy.
     rng Rng;
+    /// Takes memory back from the guest.
+    balloon Balloon;
     /// Sockets between host and guest.
     vsock Vsock;
 }

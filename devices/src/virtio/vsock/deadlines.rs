@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::timerfd::TimerFd;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 /// Where the time comes from: the monotonic clock, which tests may move ahead.
 #[derive(Clone, Debug, Default)]
@@ -45,12 +46,14 @@ impl<T: Ord + Copy> Deadlines<T> {
     /// # Errors
     /// The host has no timer to give.
     pub(super) fn new(clock: Clock) -> io::Result<Self> {
-        Ok(Self { waiting: BTreeSet::new(), timer: TimerFd::new().map_err(io_error)?, armed: None, clock })
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        Ok(Self { waiting: BTreeSet::new(), timer, armed: None, clock })
     }
 
     /// The timer, to be watched for readability.
     pub(super) fn file(&self) -> RawFd {
-        self.timer.as_raw_fd()
+        self.timer.as_fd().as_raw_fd()
     }
 
     /// `who` will be in [`Deadlines::expired`] after `after`, unless it is [cleared](Deadlines::clear).
@@ -74,9 +77,8 @@ impl<T: Ord + Copy> Deadlines<T> {
 
     /// The timer fired: call [`Deadlines::expired`] until it has no more.
     pub(super) fn fired(&mut self) {
-        // Reading blocks unless it did fire, and a wake-up may be a spurious one. It fires once.
-        if self.armed.is_some() && !self.timer.is_armed().unwrap_or(true) {
-            let _ = self.timer.wait();
+        // Nothing to read: a spurious wake-up.
+        if self.timer.wait().is_ok() {
             self.armed = None;
         }
     }
@@ -104,13 +106,10 @@ impl<T: Ord + Copy> Deadlines<T> {
         }
         // A zero time would disarm.
         let after = first.saturating_duration_since(now).max(Duration::from_micros(1));
-        match self.timer.reset(after, None) {
+        let once = Expiration::OneShot(TimeSpec::from_duration(after));
+        match self.timer.set(once, TimerSetTimeFlags::empty()) {
             Ok(()) => self.armed = Some(*first),
             Err(error) => log::warn!("cannot set a timer: {error}"),
         }
     }
-}
-
-fn io_error(error: vmm_sys_util::errno::Error) -> io::Error {
-    io::Error::from_raw_os_error(error.errno())
 }

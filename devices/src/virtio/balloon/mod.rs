@@ -161,7 +161,7 @@ impl Balloon {
             0 => Role::Inflate,
             1 => Role::Deflate,
             2 if stats => Role::Stats,
-            2 | 3 | 4 if reporting => Role::Reporting,
+            2..=4 if reporting => Role::Reporting,
             _ => Role::None,
         }
     }

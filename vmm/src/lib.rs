@@ -20,6 +20,7 @@ mod ecam;
 mod error;
 pub mod exit;
 mod fds;
+pub mod flat;
 mod gate;
 pub mod kvm;
 pub mod launch;

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use linux_loader::bootparam::setup_header;
 use mvm_devices::memory::Memory;
 
-use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Span, copy, too_little};
+use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Room, Span, copy};
 use crate::layout;
 
 /// Offset of the setup header in the file and in `boot_params`.
@@ -60,7 +60,7 @@ impl Header {
 }
 
 /// Copies the protected-mode part to where the image prefers it.
-pub(super) fn load(memory: &Memory, file: &File, bytes: u64, ram: u64) -> Result<Loaded> {
+pub(super) fn load(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<Loaded> {
     let header = Header::read(file)?;
     let sectors = match header.0.first() {
         None | Some(0) => 4,
@@ -77,8 +77,8 @@ pub(super) fn load(memory: &Memory, file: &File, bytes: u64, ram: u64) -> Result
         return Err(Error::BzImage("it wants to lie below 1 MiB or needs too much memory"));
     }
     let end = address.checked_add(length.max(init_size)).ok_or(Error::BzImage("its address wraps"))?;
-    if end > ram.min(layout::HOLE_START) {
-        return Err(too_little(ram, end, 0));
+    if end > room.below_hole() {
+        return Err(room.too_little(end));
     }
     copy(memory, file, Span { start: setup, length }, address, "kernel")?;
     Ok(Loaded { entry: address + ENTRY_64_OFFSET, pvh_entry: None, end, header: Some(header) })

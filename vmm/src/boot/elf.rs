@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use linux_loader::elf::{EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use mvm_devices::memory::{ByteValued, Memory};
 
-use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Span, map_whole_pages, too_little};
+use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Room, Span, map_whole_pages};
 use crate::layout;
 
 /// Most program headers; a kernel has about five.
@@ -17,11 +17,11 @@ const MAX_NOTE_BYTES: u64 = 4096;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
 /// Maps the image's segments where it wants them. Segments must not overlap and must lie in RAM above 1 MiB.
-pub(super) fn load(memory: &Memory, file: &File, bytes: u64, ram: u64) -> Result<Loaded> {
+pub(super) fn load(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<Loaded> {
     let header = read_header(file)?;
     let segments = read_program_headers(file, &header)?;
     let loads: Vec<_> = segments.iter().filter(|s| s.p_type == PT_LOAD && s.p_memsz > 0).collect();
-    let end = check(&loads, bytes, ram)?;
+    let end = check(&loads, bytes, room)?;
     if !loads.iter().any(|s| (s.p_paddr..s.p_paddr + s.p_filesz).contains(&header.e_entry)) {
         return Err(Error::Elf("its entry lies in no loaded segment"));
     }
@@ -59,7 +59,7 @@ fn read_program_headers(file: &File, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Ph
 }
 
 /// Checks that segments lie in the file, in RAM and apart. Returns the end of the last one.
-fn check(loads: &[&Elf64_Phdr], bytes: u64, ram: u64) -> Result<u64> {
+fn check(loads: &[&Elf64_Phdr], bytes: u64, room: Room) -> Result<u64> {
     let mut spans = Vec::with_capacity(loads.len());
     for segment in loads {
         let in_file = segment.p_offset.checked_add(segment.p_filesz).is_some_and(|end| end <= bytes);
@@ -77,8 +77,8 @@ fn check(loads: &[&Elf64_Phdr], bytes: u64, ram: u64) -> Result<u64> {
         return Err(Error::Elf("two segments overlap"));
     }
     let (_, end) = *spans.last().ok_or(Error::Elf("it has nothing to load"))?;
-    if end > ram.min(layout::HOLE_START) {
-        return Err(too_little(ram, end, 0));
+    if end > room.below_hole() {
+        return Err(room.too_little(end));
     }
     Ok(end)
 }

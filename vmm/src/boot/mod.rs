@@ -145,11 +145,38 @@ struct Span {
     length: u64,
 }
 
+/// What kernel and initial RAM disk must fit into.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// Bytes of RAM.
+    ram: u64,
+    /// Bytes of the initial RAM disk.
+    initrd: u64,
+}
+
+impl Room {
+    /// End of the RAM below the hole.
+    fn below_hole(self) -> u64 {
+        self.ram.min(layout::HOLE_START)
+    }
+
+    /// What to say when a kernel that ends at `kernel_end` leaves too little. The initial RAM disk may use
+    /// half of RAM.
+    fn too_little(self, kernel_end: u64) -> Error {
+        let both = kernel_end.saturating_add(self.initrd).saturating_add(PAGE_SIZE);
+        let needed = both.max(self.initrd.saturating_mul(2));
+        Error::TooLittleMemory { needed_mib: needed.div_ceil(1 << 20), mib: self.ram >> 20 }
+    }
+}
+
 /// Loads everything. `memory` must be fresh (all zero).
 pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform) -> Result<Entry> {
     let kernel_bytes = regular_size(images.kernel, "kernel", MAX_KERNEL_BYTES)?;
-    let kernel = load_kernel(memory, images.kernel, kernel_bytes, ram)?;
-    let initrd = images.initrd.map(|file| load_initrd(memory, file, ram, &kernel)).transpose()?;
+    let initrd_bytes =
+        images.initrd.map(|file| regular_size(file, "initial RAM disk", MAX_INITRD_BYTES)).transpose()?;
+    let room = Room { ram, initrd: initrd_bytes.unwrap_or(0) };
+    let kernel = load_kernel(memory, images.kernel, kernel_bytes, room)?;
+    let initrd = images.initrd.map(|file| load_initrd(memory, file, room, &kernel)).transpose()?;
     let cmdline = cmdline::complete(images.cmdline, platform)?;
     write(memory, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
     acpi::write(memory, platform)?;
@@ -167,24 +194,24 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
     }
 }
 
-fn load_kernel(memory: &Memory, file: &File, bytes: u64, ram: u64) -> Result<Loaded> {
+fn load_kernel(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<Loaded> {
     let mut magic = [0; 4];
     file.read_exact_at(&mut magic, 0).map_err(|_| Error::UnknownFormat)?;
     if &magic == b"\x7fELF" {
-        elf::load(memory, file, bytes, ram)
+        elf::load(memory, file, bytes, room)
     } else {
-        bzimage::load(memory, file, bytes, ram)
+        bzimage::load(memory, file, bytes, room)
     }
 }
 
 /// Maps the initial RAM disk as high as the kernel can reach, away from the kernel.
-fn load_initrd(memory: &Memory, file: &File, ram: u64, kernel: &Loaded) -> Result<Span> {
-    let length = regular_size(file, "initial RAM disk", MAX_INITRD_BYTES)?;
+fn load_initrd(memory: &Memory, file: &File, room: Room, kernel: &Loaded) -> Result<Span> {
+    let length = room.initrd;
     let reach = kernel.header.as_ref().map_or(u32::MAX.into(), bzimage::Header::initrd_addr_max);
-    let top = ram.min(layout::HOLE_START).min(reach.saturating_add(1)) & !(PAGE_SIZE - 1);
-    let span = place_below(top, length, kernel.end).ok_or_else(|| too_little(ram, kernel.end, length))?;
-    if length > ram / 2 {
-        return Err(too_little(ram, kernel.end, length));
+    let top = room.below_hole().min(reach.saturating_add(1)) & !(PAGE_SIZE - 1);
+    let span = place_below(top, length, kernel.end).ok_or_else(|| room.too_little(kernel.end))?;
+    if length > room.ram / 2 {
+        return Err(room.too_little(kernel.end));
     }
     map_whole_pages(memory, file, Span { start: 0, length }, span.start, "initial RAM disk")?;
     Ok(span)
@@ -194,12 +221,6 @@ fn load_initrd(memory: &Memory, file: &File, ram: u64, kernel: &Loaded) -> Resul
 fn place_below(top: u64, length: u64, floor: u64) -> Option<Span> {
     let start = top.checked_sub(length)? & !(PAGE_SIZE - 1);
     (start >= floor.max(layout::HIGH_MEMORY)).then_some(Span { start, length })
-}
-
-/// What to say when kernel and initial RAM disk do not fit: the initial RAM disk may use half of RAM.
-fn too_little(ram: u64, kernel_end: u64, initrd: u64) -> Error {
-    let needed = kernel_end.saturating_add(initrd).saturating_add(PAGE_SIZE).max(initrd.saturating_mul(2));
-    Error::TooLittleMemory { needed_mib: needed.div_ceil(1 << 20), mib: ram >> 20 }
 }
 
 /// Puts bytes `from` of `file` at guest address `to`: whole pages are mapped, the rest is copied.

@@ -1,0 +1,232 @@
+//! Whole machines on this host's KVM, with guests of a few instructions. Without /dev/kvm they are skipped.
+#![allow(clippy::print_stderr)]
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use mvm_vmm::config::{Boot, FdSlot, MachineConfig};
+use mvm_vmm::control::{Answer, Client, MachineState, Request};
+use mvm_vmm::exit::Exit;
+use mvm_vmm::flat::Program;
+use mvm_vmm::launch::{Child, Ended, Files, Launch};
+use mvm_vmm::status::Event;
+use nix::sys::signal::{Signal, kill};
+
+/// A machine and the client end of its control socket.
+struct Vm {
+    child: Child,
+    control: Client,
+}
+
+fn launch(kernel: &[u8], change: impl FnOnce(&mut MachineConfig, &mut Files)) -> Option<Vm> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let Ok(kvm) = kvm else {
+        eprintln!("skipped: /dev/kvm cannot be opened");
+        return None;
+    };
+    let mut image = tempfile::tempfile().unwrap();
+    image.write_all(kernel).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let stream = UnixStream::connect(&path).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+
+    let mut files = Files::default();
+    let mut config = MachineConfig {
+        id: "native-test".parse().unwrap(),
+        cpus: Default::default(),
+        memory: 16.try_into().unwrap(),
+        kvm: files.add(kvm),
+        boot: Boot {
+            kernel: files.add(image),
+            initrd: None,
+            cmdline: Default::default(),
+            protocol: Default::default(),
+        },
+        devices: Vec::new(),
+        serial: None,
+        status: None,
+        control: Some(files.add(listener)),
+    };
+    change(&mut config, &mut files);
+    let program = Path::new(env!("CARGO_BIN_EXE_mvm-vmm"));
+    let child = Launch { config, files, stderr: None }.spawn_program(program).unwrap();
+    Some(Vm { child, control: Client::new(stream) })
+}
+
+fn run(program: Program) -> Option<Vm> {
+    launch(&program.image(), |_, _| ())
+}
+
+impl Vm {
+    /// Waits for the guest's first instruction.
+    fn wait_for_guest(&mut self) {
+        let first = self.child.events.by_ref().map(Result::unwrap);
+        let found = first.into_iter().find(|event| matches!(event, Event::GuestFirstInstruction { .. }));
+        assert!(found.is_some(), "the machine ended before its guest ran");
+    }
+
+    fn state(&mut self) -> MachineState {
+        match self.control.call(&Request::Info).unwrap() {
+            Answer::Info(info) => info.state,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn port_reads(&mut self) -> u64 {
+        match self.control.call(&Request::Metrics).unwrap() {
+            Answer::Metrics(metrics) => metrics.exits.port_reads,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The last event, and how the process ended.
+    fn end(self) -> (Event, Ended) {
+        let ended = self.child.wait().unwrap();
+        (self.child.events.map(Result::unwrap).last().unwrap(), ended)
+    }
+}
+
+fn assert_ends_with(program: Program, expected: &Exit) {
+    let Some(vm) = run(program) else { return };
+    let (event, ended) = vm.end();
+    assert!(matches!(&event, Event::Exit { exit, .. } if exit == expected), "{event:?}");
+    assert_eq!(ended, Ended::Exit(expected.clone()));
+}
+
+#[test]
+fn powering_off_is_a_shutdown() {
+    assert_ends_with(Program::PowerOff, &Exit::Shutdown);
+}
+
+#[test]
+fn a_reset_is_a_reboot() {
+    assert_ends_with(Program::Reset, &Exit::Reboot);
+}
+
+#[test]
+fn a_reported_panic_is_a_guest_panic() {
+    assert_ends_with(Program::Panic, &Exit::GuestPanic);
+}
+
+#[test]
+fn a_fault_that_nobody_handles_is_a_triple_fault() {
+    assert_ends_with(Program::TripleFault, &Exit::TripleFault);
+}
+
+#[test]
+fn sigterm_stops_a_guest_that_never_leaves() {
+    let Some(mut vm) = run(Program::Spin) else { return };
+    vm.wait_for_guest();
+    kill(vm.child.pid, Signal::SIGTERM).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
+fn stop_ends_an_idle_machine() {
+    let Some(mut vm) = run(Program::Halt) else { return };
+    vm.wait_for_guest();
+    assert_eq!(vm.control.call(&Request::Stop).unwrap(), Answer::Done {});
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
+fn a_paused_guest_does_nothing_until_it_is_resumed() {
+    let Some(mut vm) = run(Program::ReadPorts) else { return };
+    vm.wait_for_guest();
+    vm.control.call(&Request::Pause).unwrap();
+    assert_eq!(vm.state(), MachineState::Paused);
+    let before = vm.port_reads();
+    assert_eq!(vm.port_reads(), before);
+    vm.control.call(&Request::Resume).unwrap();
+    assert_eq!(vm.state(), MachineState::Running);
+    while vm.port_reads() == before {}
+    vm.control.call(&Request::Pause).unwrap();
+    vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
+fn guests_that_spin_and_halt_can_be_paused_again_and_again() {
+    for program in [Program::Spin, Program::Halt] {
+        let Some(mut vm) = launch(&program.image(), |config, _| config.cpus = 2.try_into().unwrap()) else {
+            return;
+        };
+        vm.wait_for_guest();
+        for _ in 0..50 {
+            assert_eq!(vm.control.call(&Request::Pause).unwrap(), Answer::Done {});
+            assert_eq!(vm.control.call(&Request::Resume).unwrap(), Answer::Done {});
+        }
+        vm.control.call(&Request::Stop).unwrap();
+        assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+    }
+}
+
+#[test]
+fn stages_come_in_order() {
+    let Some(mut vm) = run(Program::PowerOff) else { return };
+    let events: Vec<Event> = vm.child.events.by_ref().map(Result::unwrap).collect();
+    let stages = events.iter().find_map(|event| match event {
+        Event::Started { stages } => Some(*stages),
+        _ => None,
+    });
+    let first_exit = events.iter().find_map(|event| match event {
+        Event::FirstExit { run_ns, ns } => Some((*run_ns, *ns)),
+        _ => None,
+    });
+    let (stages, (run, first)) = (stages.unwrap(), first_exit.unwrap());
+    let order = [
+        stages.entered_ns,
+        stages.config_ns,
+        stages.loaded_ns,
+        stages.vm_ns,
+        stages.devices_ns,
+        stages.vcpus_ns,
+        run,
+        first,
+    ];
+    assert!(order.is_sorted(), "{order:?}");
+    vm.end_quietly();
+}
+
+impl Vm {
+    fn end_quietly(self) {
+        assert_eq!(self.child.wait().unwrap(), Ended::Exit(Exit::Shutdown));
+    }
+}
+
+#[test]
+fn what_is_wrong_is_said_with_a_remedy() {
+    let Some(vm) = launch(b"not a kernel", |_, _| ()) else { return };
+    let (event, ended) = vm.end();
+    assert_eq!(ended, Ended::FailedToStart);
+    let Event::Error { message, because, help } = event else { panic!("{event:?}") };
+    assert_eq!(message, "cannot load the kernel");
+    assert_eq!(because, ["the kernel is neither an ELF vmlinux nor a bzImage"]);
+    assert!(help.unwrap().contains("vmlinux"));
+}
+
+#[test]
+fn a_slot_that_was_not_passed_is_named() {
+    let Some(vm) = launch(&Program::Halt.image(), |config, _| config.boot.initrd = Some(FdSlot(77))) else {
+        return;
+    };
+    let (event, _) = vm.end();
+    let Event::Error { message, .. } = event else { panic!("{event:?}") };
+    assert_eq!(message, "cannot use slot 77, named for the initial RAM disk");
+}
+
+#[test]
+fn requests_that_are_none_are_answered_and_too_long_ones_end_the_connection() {
+    let Some(mut vm) = run(Program::Halt) else { return };
+    vm.wait_for_guest();
+    let error = vm.control.call(&Request::Balloon { target_mib: 1 }).unwrap_err();
+    assert!(error.to_string().contains("no balloon"), "{error}");
+    assert_eq!(vm.state(), MachineState::Running);
+    vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}

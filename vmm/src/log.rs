@@ -62,7 +62,7 @@ impl Log for Sink {
         };
         drop(sites);
         let mut line = format!("{}: {}", record.level().as_str().to_ascii_lowercase(), record.args());
-        line.truncate(line.floor_char_boundary(MAX_LINE_BYTES));
+        cut(&mut line, MAX_LINE_BYTES);
         if suppressed > 0 {
             line.push_str(&format!(" ({suppressed} more like this were suppressed)"));
         }
@@ -72,6 +72,13 @@ impl Log for Sink {
     }
 
     fn flush(&self) {}
+}
+
+/// Cuts `line` to `max` bytes, or a little less rather than inside a character.
+fn cut(line: &mut String, max: usize) {
+    if let Some(end) = (0..=max.min(line.len())).rev().find(|end| line.is_char_boundary(*end)) {
+        line.truncate(end);
+    }
 }
 
 /// What a call site may still write in this period.

@@ -29,7 +29,7 @@ pub(crate) fn map_file(memory: &Memory, file: &File, offset: u64, at: u64, lengt
         return Ok(());
     }
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    if (offset | at | length) % PAGE_SIZE != 0 {
+    if !(offset | at | length).is_multiple_of(PAGE_SIZE) {
         return Err(invalid());
     }
     let length = usize::try_from(length).map_err(|_| invalid())?;

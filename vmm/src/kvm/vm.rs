@@ -95,23 +95,27 @@ impl Vm {
     fn add_memory(&self, ecam: &Ecam) -> Result<()> {
         let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
         self.fd.set_tss_address(tss).map_err(Error::kvm("place the TSS"))?;
-        let mut slot = 0;
-        for region in self.memory.iter() {
-            self.set_slot(slot, region.start_addr().0, region.as_ptr() as u64, region.len(), 0)?;
-            slot += 1;
+        let regions = self.memory.iter().map(|region| kvm_userspace_memory_region {
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            ..Default::default()
+        });
+        let config_space = kvm_userspace_memory_region {
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: layout::ECAM,
+            memory_size: layout::ECAM_SIZE,
+            userspace_addr: ecam.host_address(),
+            ..Default::default()
+        };
+        for (slot, region) in (0..).zip(regions.chain([config_space])) {
+            self.set_slot(kvm_userspace_memory_region { slot, ..region })?;
         }
-        self.set_slot(slot, layout::ECAM, ecam.host_address(), layout::ECAM_SIZE, KVM_MEM_READONLY)
+        Ok(())
     }
 
-    fn set_slot(&self, slot: u32, guest: u64, host: u64, size: u64, flags: u32) -> Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags,
-            guest_phys_addr: guest,
-            memory_size: size,
-            userspace_addr: host,
-        };
-        // SAFETY: [host, host + size) is either a region of `self.memory`, which lives as long as `self` and is
+    fn set_slot(&self, region: kvm_userspace_memory_region) -> Result<()> {
+        // SAFETY: the range is either a region of `self.memory`, which lives as long as `self` and is
         // only accessed volatilely, or the configuration space, which is static and read-only to the guest.
         let set = unsafe { self.fd.set_user_memory_region(region) };
         set.map_err(Error::kvm("give KVM the guest's memory"))

@@ -1,0 +1,111 @@
+//! How long a machine takes to start and what an idle one costs: `start [ROUNDS] [MACHINES]`.
+//!
+//! Starts a flat guest ROUNDS times and prints the median time of each stage since spawning, then holds
+//! MACHINES idle machines and prints the host memory each takes. MVM_VMM names the program to measure.
+#![allow(clippy::print_stdout)]
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::Write;
+
+use mvm_vmm::config::{Boot, MachineConfig};
+use mvm_vmm::flat::Program;
+use mvm_vmm::launch::{Child, Files, Launch};
+use mvm_vmm::status::{Event, now};
+use nix::sys::signal::{Signal, kill};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const STAGES: [&str; 9] =
+    ["spawned", "main", "config", "loaded", "vm", "devices", "vcpus", "run", "first instruction"];
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1).map(|argument| argument.parse::<usize>());
+    let rounds = arguments.next().unwrap_or(Ok(100))?;
+    let machines = arguments.next().unwrap_or(Ok(0))?;
+    let mut kernel = tempfile::NamedTempFile::new()?;
+    kernel.write_all(&Program::Halt.image())?;
+
+    let mut times = vec![Vec::new(); STAGES.len()];
+    for _ in 0..rounds {
+        let (child, stages) = start(kernel.path())?;
+        stop(child)?;
+        times.iter_mut().zip(stages).for_each(|(times, stage)| times.push(stage));
+    }
+    for (name, times) in STAGES.iter().zip(&mut times) {
+        times.sort_unstable();
+        let percentile = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or(0);
+        println!("{name:18} {:8.3} ms  p90 {:8.3} ms", ms(percentile(50)), ms(percentile(90)));
+    }
+    if machines > 0 {
+        let before = available()?;
+        let children = (0..machines).map(|_| start(kernel.path())).collect::<Result<Vec<_>>>()?;
+        let used = before.saturating_sub(available()?);
+        println!("{machines} idle machines: {} kB each", used / machines);
+        children.into_iter().try_for_each(|(child, _)| stop(child))?;
+    }
+    Ok(())
+}
+
+/// Starts a machine and waits for its first instruction. Returns nanoseconds since spawning per stage.
+fn start(kernel: &std::path::Path) -> Result<(Child, [u64; STAGES.len()])> {
+    let mut files = Files::default();
+    let began = now();
+    let config = MachineConfig {
+        id: "start".parse()?,
+        cpus: Default::default(),
+        memory: 128.try_into()?,
+        kvm: files.add(File::options().read(true).write(true).open("/dev/kvm")?),
+        boot: Boot {
+            kernel: files.add(File::open(kernel)?),
+            initrd: None,
+            cmdline: Default::default(),
+            protocol: Default::default(),
+        },
+        devices: Vec::new(),
+        serial: None,
+        status: None,
+        control: None,
+    };
+    let mut child = Launch { config, files, stderr: None }.spawn()?;
+    let spawned = now();
+    let (mut stages, mut run, mut first) = (None, None, None);
+    while stages.is_none() || run.is_none() || first.is_none() {
+        match child.events.next().ok_or("the machine ended")?? {
+            Event::Started { stages: reached } => stages = Some(reached),
+            Event::FirstExit { run_ns, .. } => run = Some(run_ns),
+            Event::GuestFirstInstruction { ns } => first = Some(ns),
+            other => return Err(format!("{other:?}").into()),
+        }
+    }
+    let s = stages.unwrap_or_default();
+    let reached = [
+        spawned,
+        s.entered_ns,
+        s.config_ns,
+        s.loaded_ns,
+        s.vm_ns,
+        s.devices_ns,
+        s.vcpus_ns,
+        run.unwrap_or(0),
+        first.unwrap_or(0),
+    ];
+    Ok((child, reached.map(|ns| ns.saturating_sub(began))))
+}
+
+fn stop(child: Child) -> Result<()> {
+    kill(child.pid, Signal::SIGKILL)?;
+    child.wait()?;
+    Ok(())
+}
+
+/// MemAvailable in kB.
+fn available() -> Result<usize> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).ok_or("no MemAvailable")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+fn ms(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}

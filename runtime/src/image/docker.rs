@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::blobs::Blobs;
 use super::digest::Digest;
 use super::error::{Error, Result};
-use super::oci::{Resolved, configuration, missing};
+use super::oci::{Resolved, configuration, is_printable, missing};
 use super::reference::{Choice, Wanted};
 
 #[derive(Debug, Deserialize)]
@@ -23,15 +23,14 @@ pub(super) fn resolve(blobs: &Blobs, wanted: Option<&Wanted>, choice: &Choice<'_
     let mut named = Vec::new();
     for image in &images {
         let id = image.id().map(|digest| digest.to_string()).unwrap_or_default();
-        match image.tags() {
+        match image.tags().as_slice() {
             [] => named.push((None, id)),
-            tags => named.extend(tags.iter().map(|tag| (Some(tag.clone()), id.clone()))),
+            tags => named.extend(tags.iter().map(|tag| (Some((*tag).to_owned()), id.clone()))),
         }
     }
     let fits = |image: &Image| {
-        let tags: Vec<&str> = image.tags().iter().map(String::as_str).collect();
         let id = image.id().map(|digest| digest.to_string()).unwrap_or_default();
-        wanted.is_none_or(|wanted| wanted.fits(&tags, &id))
+        wanted.is_none_or(|wanted| wanted.fits(&image.tags(), &id))
     };
     let chosen = choice.only(images.into_iter().filter(fits).collect(), &named)?;
     // The configuration's name is its digest: without it nothing would vouch for the layers.
@@ -45,12 +44,12 @@ pub(super) fn resolve(blobs: &Blobs, wanted: Option<&Wanted>, choice: &Choice<'_
     });
     let stored: Vec<_> = stored.collect();
     let (config, layers) = configuration(blobs, &chosen.config, &digest, stored.into_iter())?;
-    Ok(Resolved { name: chosen.tags().first().cloned(), config, layers })
+    Ok(Resolved { name: chosen.tags().first().map(|tag| (*tag).to_owned()), config, layers })
 }
 
 impl Image {
-    fn tags(&self) -> &[String] {
-        self.repo_tags.as_deref().unwrap_or_default()
+    fn tags(&self) -> Vec<&str> {
+        self.repo_tags.iter().flatten().map(String::as_str).filter(|tag| is_printable(tag)).collect()
     }
 
     /// The image's id: `<hex>.json`, or a path of an image layout.

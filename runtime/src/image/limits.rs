@@ -14,6 +14,9 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// Most symbolic links followed, inside the image, to find the directory of one entry: the
 /// kernel's bound.
 pub const MAX_SYMLINKS: usize = 40;
+/// Most names looked up on the way to all entries of an image together: a layer of a few megabytes
+/// can ask for hours of following links otherwise.
+pub const MAX_LOOKUPS: u64 = 100_000_000;
 /// Most bytes in all layers of an image, unpacked; holes of sparse files count.
 pub const MAX_TOTAL_BYTES: u64 = 20 << 30;
 /// Most bytes unpacked for each byte of a compressed layer ...

@@ -140,7 +140,9 @@ fn for_this_platform(manifests: Vec<Descriptor>) -> Result<Descriptor> {
         images.clear();
     }
     let found = images.iter().filter_map(|image| image.platform.as_ref());
-    let found: Vec<String> = found.map(|found| format!("{}/{}", found.os, found.architecture)).collect();
+    let found: Vec<String> = found
+        .map(|found| format!("{}/{}", found.os.escape_debug(), found.architecture.escape_debug()))
+        .collect();
     Err(Error::Platform {
         found: if found.is_empty() { "other platforms".to_owned() } else { found.join(", ") },
     })
@@ -161,7 +163,7 @@ fn image(blobs: &Blobs, config: &Descriptor, layers: Vec<Descriptor>) -> Result<
         Ok((blob, Some(digest)))
     });
     if config.media_type.ends_with("+json") && !config.media_type.contains("image") {
-        let reason = format!("it is no container image but {}", config.media_type);
+        let reason = format!("it is no container image but {:?}", config.media_type);
         return Err(Error::Malformed { what: format!("manifest with {}", config.digest), reason });
     }
     let digest = config.digest()?;
@@ -181,7 +183,8 @@ pub(super) fn configuration(
     }
     let file: ConfigFile = blobs.document("configuration", path, digest)?;
     if (file.os.as_str(), file.architecture.as_str()) != (OS, ARCHITECTURE) {
-        return Err(Error::Platform { found: format!("{}/{}", file.os, file.architecture) });
+        let found = format!("{}/{}", file.os.escape_debug(), file.architecture.escape_debug());
+        return Err(Error::Platform { found });
     }
     let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
     if diff_ids.len() != stored.len() {
@@ -209,7 +212,7 @@ impl Descriptor {
     fn names(&self) -> Vec<&str> {
         let annotations = self.annotations.iter();
         let names = annotations.flat_map(|all| [CONTAINERD_NAME, REF_NAME].map(|key| all.get(key)));
-        names.flatten().map(String::as_str).collect()
+        names.flatten().map(String::as_str).filter(|name| is_printable(name)).collect()
     }
 
     fn name(&self) -> Option<String> {
@@ -225,6 +228,11 @@ impl Descriptor {
         let is_ours = |platform: &Platform| platform.os == OS && platform.architecture == ARCHITECTURE;
         self.platform.as_ref().is_some_and(is_ours)
     }
+}
+
+/// Names end up on terminals, where some characters are commands.
+pub(super) fn is_printable(name: &str) -> bool {
+    !name.is_empty() && !name.chars().any(char::is_control)
 }
 
 pub(super) fn parse_digest(text: &str, what: &str) -> Result<Digest> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use flate2::bufread::MultiGzDecoder;
 
 use super::error::{Error, Result};
-use super::limits::MAX_TOTAL_BYTES;
+use super::limits::{MAX_RATIO, MAX_TOTAL_BYTES, RATIO_FREE_BYTES};
 use super::slice::FileSlice;
 
 /// What the first bytes of a file say about its compression.
@@ -30,20 +30,24 @@ impl Packing {
     }
 }
 
+/// Where large temporary files belong; the usual place may be memory.
+const LARGE_TEMPORARIES: &str = "/var/tmp";
+
 /// The archive itself; a compressed one is unpacked to a file without a name, since members are
 /// read in any order.
 pub(super) fn unpack(slice: FileSlice, path: &Path) -> Result<FileSlice> {
     let read = |source| Error::Read { what: path.display().to_string(), source };
+    let limit = RATIO_FREE_BYTES.saturating_add(slice.len().saturating_mul(MAX_RATIO)).min(MAX_TOTAL_BYTES);
     let mut unpacked: Box<dyn Read> = match Packing::of(&slice).map_err(read)? {
         Packing::None => return Ok(slice),
         Packing::Gzip => Box::new(MultiGzDecoder::new(BufReader::new(slice))),
         Packing::Zstd => Box::new(zstd::Decoder::new(slice).map_err(read)?),
     };
-    let mut file =
-        tempfile::tempfile().map_err(|source| Error::Write { path: std::env::temp_dir(), source })?;
-    let copied = io::copy(&mut unpacked.by_ref().take(MAX_TOTAL_BYTES + 1), &mut file).map_err(read)?;
-    if copied > MAX_TOTAL_BYTES {
-        return Err(Error::Limit { what: "bytes of an unpacked archive", limit: MAX_TOTAL_BYTES });
+    let mut file = tempfile::tempfile_in(LARGE_TEMPORARIES)
+        .map_err(|source| Error::Write { path: LARGE_TEMPORARIES.into(), source })?;
+    let copied = io::copy(&mut unpacked.by_ref().take(limit + 1), &mut file).map_err(read)?;
+    if copied > limit {
+        return Err(Error::Limit { what: "bytes of an unpacked archive", limit });
     }
     FileSlice::new(file).map_err(read)
 }

@@ -4,7 +4,8 @@
 //! <root>/<key>.erofs   the file system, complete and durable since it has this name
 //! <root>/<key>.json    where it came from and how to run it
 //! <root>/<key>.lock    held while it is built or removed
-//! <root>/<key>.tmp     being built; left over if the builder died, and overwritten by the next
+//! <root>/<key>.tmp     being built; left over if the builder died, until the next or a sweep
+//! <root>/<key>.new     the same for the record
 //! ```
 
 use std::fs::{self, DirBuilder, File};
@@ -117,14 +118,8 @@ impl Store {
 
     /// Everything in the store, the most recently used first.
     pub fn list(&self) -> Result<Vec<Cached>> {
-        let read = |source| Error::Read { what: self.root.display().to_string(), source };
-        let mut list = Vec::new();
-        for entry in self.root.read_dir().map_err(read)? {
-            let path = entry.map_err(read)?.path();
-            if path.extension().is_some_and(|extension| extension == "erofs") {
-                list.extend(path.file_stem().and_then(|stem| stem.to_str()).and_then(|key| self.cached(key)));
-            }
-        }
+        let mut list: Vec<Cached> =
+            self.keys("erofs")?.into_iter().filter_map(|key| self.cached(&key)).collect();
         list.sort_by(|a, b| b.last_used.cmp(&a.last_used).then_with(|| a.key.cmp(&b.key)));
         Ok(list)
     }
@@ -133,10 +128,25 @@ impl Store {
     pub fn remove(&self, wanted: &str) -> Result<Cached> {
         let found = self.one(wanted)?;
         let _lock = self.lock(&found.key, &mut ())?;
-        for extension in ["erofs", "json", "tmp", "lock"] {
+        for extension in ["erofs", "json", "tmp", "new", "lock"] {
             remove_if_there(&self.path(&found.key, extension))?;
         }
         Ok(found)
+    }
+
+    /// Removes what builders that died have left. Those that live are not disturbed.
+    pub fn sweep(&self) -> Result<()> {
+        for key in self.keys("tmp")?.into_iter().chain(self.keys("new")?) {
+            let path = self.path(&key, "lock");
+            let fail = |source: io::Error| Error::Write { path: path.clone(), source };
+            let lock = File::options().create(true).append(true).mode(0o600).open(&path).map_err(fail)?;
+            // Held by a builder: it is at work.
+            let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { continue };
+            for extension in ["tmp", "new"] {
+                remove_if_there(&self.path(&key, extension))?;
+            }
+        }
+        Ok(())
     }
 
     fn one(&self, wanted: &str) -> Result<Cached> {
@@ -149,6 +159,19 @@ impl Store {
             0 => Err(Error::NotCached { wanted: wanted.to_owned() }),
             count => Err(Error::Ambiguous { wanted: wanted.to_owned(), count }),
         }
+    }
+
+    /// Keys of all files with an extension.
+    fn keys(&self, extension: &str) -> Result<Vec<String>> {
+        let read = |source| Error::Read { what: self.root.display().to_string(), source };
+        let mut keys = Vec::new();
+        for entry in self.root.read_dir().map_err(read)? {
+            let path = entry.map_err(read)?.path();
+            if path.extension().is_some_and(|found| found == extension) {
+                keys.extend(path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned));
+            }
+        }
+        Ok(keys)
     }
 
     fn path(&self, key: &str, extension: &str) -> PathBuf {
@@ -194,6 +217,7 @@ impl Store {
         if built.is_err() {
             // The error says more than a failure to tidy up would.
             drop(fs::remove_file(&temporary));
+            drop(fs::remove_file(self.path(&hex, "new")));
         }
         built
     }
@@ -226,7 +250,8 @@ impl Store {
             config: source.config().clone(),
         };
         // The record comes first: a file system that is there is complete.
-        write_record(&self.root, &self.path(&hex, "json"), &record)?;
+        write_record(&self.path(&hex, "new"), &record)?;
+        fs::rename(self.path(&hex, "new"), self.path(&hex, "json")).map_err(write(&self.root))?;
         fs::rename(temporary, self.path(&hex, "erofs")).map_err(write(temporary))?;
         File::open(&self.root).and_then(|root| root.sync_all()).map_err(write(&self.root))
     }
@@ -275,15 +300,14 @@ fn read_record(path: &Path) -> Result<Record> {
     serde_json::from_slice(&text).map_err(|source| Error::Json { what: path.display().to_string(), source })
 }
 
-fn write_record(root: &Path, path: &Path, record: &Record) -> Result<()> {
+fn write_record(path: &Path, record: &Record) -> Result<()> {
     let write = |source| Error::Write { path: path.to_owned(), source };
     let text = serde_json::to_vec_pretty(record)
         .map_err(|source| Error::Json { what: path.display().to_string(), source })?;
-    let mut file = tempfile::NamedTempFile::new_in(root).map_err(write)?;
+    remove_if_there(path)?;
+    let mut file = create(path).map_err(write)?;
     file.write_all(&text).map_err(write)?;
-    file.as_file().sync_all().map_err(write)?;
-    file.persist(path).map_err(|error| write(error.error))?;
-    Ok(())
+    file.sync_all().map_err(write)
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {

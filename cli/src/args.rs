@@ -33,7 +33,9 @@ pub(crate) enum Command {
 ///
 /// Exits with 0 when the guest powered off or rebooted; otherwise the code says how it ended (see `mvm boot --help`).
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 125 mvm or KVM failed")]
+#[command(
+    after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 125 mvm or KVM failed"
+)]
 pub(crate) struct Boot {
     /// Kernel: an ELF vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]
@@ -68,7 +70,9 @@ pub(crate) struct Boot {
 
 /// Runs a container and exits with its exit code.
 #[derive(Debug, Args)]
-#[command(after_help = "Exit codes: the container's own; 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n")]
+#[command(
+    after_help = "Exit codes: the container's own; 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n"
+)]
 pub(crate) struct Run {
     /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images
     #[arg(value_name = "IMAGE")]

@@ -75,7 +75,11 @@ fn plan(options: Boot) -> Result<Plan, Failure> {
 }
 
 /// Pumps between this terminal and the machine's; the returned thread ends with the guest's output.
-fn connect(console: Console, machine: nix::unistd::Pid, left: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+fn connect(
+    console: Console,
+    machine: nix::unistd::Pid,
+    left: Arc<AtomicBool>,
+) -> std::thread::JoinHandle<()> {
     let Console { mut to_guest, mut from_guest } = console;
     std::thread::spawn(move || {
         let mut bytes = [0; 4096];

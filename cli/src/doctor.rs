@@ -11,7 +11,9 @@ use crate::args::{Doctor, Format};
 pub(crate) fn doctor(options: &Doctor) -> Result<u8, Failure> {
     let rows = examine();
     let text = match options.format {
-        Format::Json => serde_json::to_string_pretty(&rows).context(|| "cannot print the report".to_owned())?,
+        Format::Json => {
+            serde_json::to_string_pretty(&rows).context(|| "cannot print the report".to_owned())?
+        }
         Format::Text => table(&rows),
     };
     writeln!(std::io::stdout().lock(), "{text}").context(|| "cannot print the report".to_owned())?;

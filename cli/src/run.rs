@@ -6,7 +6,9 @@ mod stdio;
 use std::io::IsTerminal;
 
 use mvm_runtime::agent::StdioSpec;
-use mvm_runtime::container::{Container, Cost, NotRunnable, Overrides, Request, Upper, root_file_system, state_dir};
+use mvm_runtime::container::{
+    Container, Cost, NotRunnable, Overrides, Request, Upper, root_file_system, state_dir,
+};
 use mvm_runtime::failure::{Context, Failure};
 use mvm_vmm::config::MachineId;
 use nix::sys::signal::Signal;
@@ -28,7 +30,9 @@ const FORWARDED: [Signal; 7] = [
 
 pub(crate) fn run(options: Run) -> Result<u8, Failure> {
     if options.tty && !std::io::stdin().is_terminal() {
-        return Err(Failure::new("cannot give the container a terminal: standard input is none").help("leave -t out"));
+        return Err(
+            Failure::new("cannot give the container a terminal: standard input is none").help("leave -t out")
+        );
     }
     let state = state_dir();
     let image = root_file_system(&options.image, &state, &mut progress::Bar::default())?;

@@ -35,7 +35,8 @@ impl Drop for RawMode {
 
 /// The terminal's size; 24 by 80 if there is no terminal to ask.
 pub(crate) fn size() -> WindowSize {
-    let (columns, rows) = terminal_size::terminal_size().map_or((80, 24), |(width, height)| (width.0, height.0));
+    let (columns, rows) =
+        terminal_size::terminal_size().map_or((80, 24), |(width, height)| (width.0, height.0));
     WindowSize { rows, columns }
 }
 

@@ -107,9 +107,10 @@ impl TestVm {
 
     /// Boots it.
     pub fn boot(self) -> Vm {
-        let image = root_file_system(&image().display().to_string(), &state(), &mut ()).unwrap_or_else(|failure| {
-            panic!("{}", failure.report());
-        });
+        let image =
+            root_file_system(&image().display().to_string(), &state(), &mut ()).unwrap_or_else(|failure| {
+                panic!("{}", failure.report());
+            });
         let container = Container::boot(&self.request, &image, &state())
             .unwrap_or_else(|failure| panic!("{}", failure.report()));
         Vm { container }

@@ -90,7 +90,8 @@ fn every_path_the_documents_name_exists() {
     for document in ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md"] {
         for quoted in read(document).split('`').skip(1).step_by(2) {
             let is_path = quoted.contains('/') && !quoted.contains([' ', '{', '<', '$', ':']);
-            let ours = quoted.split('/').next().is_some_and(|top| !top.is_empty() && root().join(top).is_dir());
+            let ours =
+                quoted.split('/').next().is_some_and(|top| !top.is_empty() && root().join(top).is_dir());
             if is_path && ours && !quoted.starts_with("target/") && !quoted.contains("toy") {
                 assert!(root().join(quoted).exists(), "{document} names {quoted}, which does not exist");
             }

@@ -76,7 +76,9 @@ fn places() -> Vec<PathBuf> {
     if let Some(prefix) = std::env::var_os("MVM_PREFIX") {
         places.push(PathBuf::from(prefix).join(SHARE));
     }
-    if let Some(prefix) = std::env::current_exe().ok().as_deref().and_then(Path::parent).and_then(Path::parent) {
+    if let Some(prefix) =
+        std::env::current_exe().ok().as_deref().and_then(Path::parent).and_then(Path::parent)
+    {
         places.push(prefix.join(SHARE));
     }
     places.push(PathBuf::from("/usr").join(SHARE));

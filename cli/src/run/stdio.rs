@@ -15,7 +15,11 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::terminal;
 
 /// Pumps until the process has ended and all it wrote is out.
-pub(super) fn serve(container: &Container, mut process: Process, signals: SigSet) -> Result<ExitStatus, Failure> {
+pub(super) fn serve(
+    container: &Container,
+    mut process: Process,
+    signals: SigSet,
+) -> Result<ExitStatus, Failure> {
     let terminal = process.terminal.take();
     let mut outputs = Vec::new();
     if let Some(stream) = &terminal {
@@ -40,7 +44,8 @@ pub(super) fn serve(container: &Container, mut process: Process, signals: SigSet
             };
         }
     });
-    let status = container.agent.wait(id, None).context(|| "cannot learn how the process ended".to_owned())?;
+    let status =
+        container.agent.wait(id, None).context(|| "cannot learn how the process ended".to_owned())?;
     for output in outputs {
         // A panic of a pump was reported where it happened.
         let _ = output.join();

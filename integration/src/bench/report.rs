@@ -65,8 +65,13 @@ impl Report {
         for figure in &self.0 {
             let peers: Vec<_> =
                 figure.peers.iter().map(|(name, value)| format!("{name} {}", short(*value))).collect();
-            let line =
-                format!("{:<28} {:>12} {:<6} {}", figure.id, short(figure.value), figure.unit, peers.join(", "));
+            let line = format!(
+                "{:<28} {:>12} {:<6} {}",
+                figure.id,
+                short(figure.value),
+                figure.unit,
+                peers.join(", ")
+            );
             text.push_str(line.trim_end());
             text.push('\n');
         }

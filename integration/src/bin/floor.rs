@@ -9,7 +9,9 @@
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 /// Guest RAM in bytes, as the machines it is compared with have.
@@ -61,7 +63,8 @@ fn run() -> io::Result<()> {
 fn map_ram() -> io::Result<*mut u8> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh anonymous mapping touches nothing that exists.
-    let ram = unsafe { libc::mmap(std::ptr::null_mut(), RAM, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let ram =
+        unsafe { libc::mmap(std::ptr::null_mut(), RAM, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     if ram == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(ram.cast()) }
 }
 

@@ -195,5 +195,7 @@ fn bring_up(name: &str, address: std::net::Ipv4Addr) -> io::Result<()> {
     set(libc::SIOCSIFNETMASK, &|ifreq| {
         ifreq.ifr_ifru.ifru_netmask = internet(std::net::Ipv4Addr::new(255, 255, 255, 0));
     })?;
-    set(libc::SIOCSIFFLAGS, &|ifreq| ifreq.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short)
+    set(libc::SIOCSIFFLAGS, &|ifreq| {
+        ifreq.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short
+    })
 }

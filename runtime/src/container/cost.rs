@@ -64,7 +64,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
             ("Anonymous:", Some(kib), Some(mapping)) => mapping.anonymous = kib,
             _ => {
                 if let Some((start, end)) = first.split_once('-')
-                    && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+                    && let (Ok(start), Ok(end)) =
+                        (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
                 {
                     all.push(Mapping { start, end, ..Default::default() });
                 }

@@ -159,11 +159,7 @@ fn identity(id: &MachineId) -> Identity {
     // Without it the guest still has its CPU's and its kernel's own randomness.
     let _ = mvm_devices::sys::random(&mut entropy);
     let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Identity {
-        hostname: id.to_string(),
-        wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(0),
-        entropy,
-    }
+    Identity { hostname: id.to_string(), wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(0), entropy }
 }
 
 fn root(request: &Request) -> SetupRoot {
@@ -190,5 +186,9 @@ fn network(request: &Request) -> Option<Configure> {
         metric: 0,
         on_link: true,
     });
-    Some(Configure { interfaces: vec![interface], routes: routes.into_iter().collect(), ..Default::default() })
+    Some(Configure {
+        interfaces: vec![interface],
+        routes: routes.into_iter().collect(),
+        ..Default::default()
+    })
 }

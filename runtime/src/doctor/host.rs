@@ -64,7 +64,9 @@ fn cgroups() -> Row {
             }
         }
         Err(_) if fs::metadata("/sys/fs/cgroup/memory").is_ok() => Row::ok("cgroups", "version 1"),
-        Err(_) => Row::warn("cgroups", "none mounted", "mount -t cgroup2 none /sys/fs/cgroup to limit machines"),
+        Err(_) => {
+            Row::warn("cgroups", "none mounted", "mount -t cgroup2 none /sys/fs/cgroup to limit machines")
+        }
     }
 }
 

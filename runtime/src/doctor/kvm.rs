@@ -11,8 +11,12 @@ pub(super) fn rows() -> Vec<Row> {
         Ok(probe) => vec![device(&probe), linux(&probe), timer(&probe)],
         Err(error) => {
             let remedy = match error.kind() {
-                ErrorKind::NotFound => "load the kvm module (modprobe kvm_intel or kvm_amd), and switch on virtualisation in the firmware",
-                ErrorKind::PermissionDenied => "add yourself to the kvm group (usermod -aG kvm $USER), then log in again",
+                ErrorKind::NotFound => {
+                    "load the kvm module (modprobe kvm_intel or kvm_amd), and switch on virtualisation in the firmware"
+                }
+                ErrorKind::PermissionDenied => {
+                    "add yourself to the kvm group (usermod -aG kvm $USER), then log in again"
+                }
                 _ => "check that /dev/kvm is a working KVM device",
             };
             vec![Row::fail("kvm", format!("/dev/kvm: {error}"), remedy)]
@@ -28,7 +32,10 @@ fn device(probe: &Probe) -> Row {
         Backend::Unknown => "unknown back end",
     };
     if probe.missing.is_empty() {
-        return Row::ok("kvm", format!("/dev/kvm opens, {backend}, up to {} CPUs a machine", probe.max_vcpus));
+        return Row::ok(
+            "kvm",
+            format!("/dev/kvm opens, {backend}, up to {} CPUs a machine", probe.max_vcpus),
+        );
     }
     Row::fail("kvm", format!("{backend}; it lacks {}", probe.missing.join(", ")), "use a newer host kernel")
 }
@@ -48,5 +55,9 @@ fn timer(probe: &Probe) -> Row {
     if probe.tsc_deadline {
         return Row::ok("timer", "TSC deadline");
     }
-    Row::warn("timer", "no TSC deadline mode", "guests boot 0.2 s later; use a host CPU and kernel that have it")
+    Row::warn(
+        "timer",
+        "no TSC deadline mode",
+        "guests boot 0.2 s later; use a host CPU and kernel that have it",
+    )
 }

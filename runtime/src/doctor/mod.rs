@@ -56,9 +56,7 @@ pub fn examine() -> Vec<Row> {
 
 fn guest_files() -> Row {
     match guest::GuestFiles::find() {
-        Ok(files) => {
-            Row::ok("guest", format!("{} and {}", files.kernel.display(), files.agent.display()))
-        }
+        Ok(files) => Row::ok("guest", format!("{} and {}", files.kernel.display(), files.agent.display())),
         Err(failure) => {
             let remedy = failure.remedy().unwrap_or("make build").to_owned();
             Row::fail("guest", failure.to_string(), remedy)

@@ -50,7 +50,8 @@ impl Calls {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let mut ready = [PollFd::new(self.server.as_fd(), PollFlags::POLLIN)];
-            let timeout = PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX);
+            let timeout =
+                PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut ready, timeout) {
                 Ok(0) => return Err(ErrorKind::TimedOut.into()),
                 Ok(_) => {}

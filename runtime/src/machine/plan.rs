@@ -81,8 +81,7 @@ impl FromStr for Disk {
         let wrong = || NotADisk(text.to_owned());
         let mut parts = text.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or_else(wrong)?;
-        let mut disk =
-            Self { path: path.into(), read_only: false, serial: String::new(), throwaway: false };
+        let mut disk = Self { path: path.into(), read_only: false, serial: String::new(), throwaway: false };
         for part in parts {
             match part.split_once('=') {
                 None if part == "ro" => disk.read_only = true,
@@ -106,7 +105,10 @@ mod tests {
     #[test]
     fn a_disk_is_a_path_with_options() {
         let disk: Disk = "/a/b.img,ro,serial=root".parse().unwrap();
-        assert_eq!((disk.path.to_str().unwrap(), disk.read_only, disk.serial.as_str()), ("/a/b.img", true, "root"));
+        assert_eq!(
+            (disk.path.to_str().unwrap(), disk.read_only, disk.serial.as_str()),
+            ("/a/b.img", true, "root")
+        );
         assert!(!"x.img".parse::<Disk>().unwrap().read_only);
     }
 

@@ -47,7 +47,17 @@ impl Machine {
         console: Option<Console>,
         calls: Option<Calls>,
     ) -> Self {
-        Self { id, child, spawned_ns, stages: None, first_exit: None, called_ns: None, ended: false, console, calls }
+        Self {
+            id,
+            child,
+            spawned_ns,
+            stages: None,
+            first_exit: None,
+            called_ns: None,
+            ended: false,
+            console,
+            calls,
+        }
     }
 
     /// Its name.
@@ -112,8 +122,10 @@ impl Machine {
         let ended = self.reap()?;
         match (last, ended) {
             (Some(exit), _) | (None, Ended::Exit(exit)) => Ok(exit),
-            (None, ended) => Err(Failure::new(format!("machine {} ended abnormally: {}", self.id, describe(&ended)))
-                .help("run it again with -v; if it persists, report it with that output")),
+            (None, ended) => {
+                Err(Failure::new(format!("machine {} ended abnormally: {}", self.id, describe(&ended)))
+                    .help("run it again with -v; if it persists, report it with that output"))
+            }
         }
     }
 
@@ -158,11 +170,14 @@ impl Machine {
                 Err(Failure::new(format!("machine {} ended before its agent was ready: {}", self.id, exit))
                     .help(help))
             }
-            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
-                Err(Failure::new(format!("the agent of machine {} did not call within {deadline:?}", self.id))
-                    .help(help))
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => Err(Failure::new(format!(
+                "the agent of machine {} did not call within {deadline:?}",
+                self.id
+            ))
+            .help(help)),
+            Err(error) => {
+                Err(Failure::because(format!("cannot answer the calls of machine {}", self.id), error))
             }
-            Err(error) => Err(Failure::because(format!("cannot answer the calls of machine {}", self.id), error)),
         }
     }
 

@@ -44,10 +44,9 @@ impl Prepared {
         let id = self.config.id.clone();
         let launch = Launch { config: self.config, files: self.files, stderr };
         let spawned_ns = mvm_vmm::status::now();
-        let child = launch
-            .spawn()
-            .context(|| format!("cannot start machine {id}"))
-            .map_err(|failure| failure.help("build everything with `make build`, or name the program in MVM_VMM"))?;
+        let child = launch.spawn().context(|| format!("cannot start machine {id}")).map_err(|failure| {
+            failure.help("build everything with `make build`, or name the program in MVM_VMM")
+        })?;
         Ok(Machine::new(id, child, spawned_ns, self.console, self.calls))
     }
 }
@@ -111,9 +110,10 @@ impl Opening {
             .open(&disk.path)
             .context(|| format!("cannot open disk image {}", disk.path.display()))
             .map_err(|failure| match failure.source_kind() {
-                Some(ErrorKind::PermissionDenied) if !disk.read_only => {
-                    failure.help(format!("make it writable, or attach it read-only: --disk {},ro", disk.path.display()))
-                }
+                Some(ErrorKind::PermissionDenied) if !disk.read_only => failure.help(format!(
+                    "make it writable, or attach it read-only: --disk {},ro",
+                    disk.path.display()
+                )),
                 _ => failure,
             })?;
         let slot = self.files.add(file);
@@ -170,8 +170,12 @@ fn open_kvm() -> Result<File, Failure> {
     let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/kvm");
     opened.map_err(|error| {
         let help = match error.kind() {
-            ErrorKind::NotFound => "load the kvm module, and switch on virtualisation in the firmware; `mvm doctor` says more",
-            ErrorKind::PermissionDenied => "add yourself to the kvm group (usermod -aG kvm $USER), then log in again",
+            ErrorKind::NotFound => {
+                "load the kvm module, and switch on virtualisation in the firmware; `mvm doctor` says more"
+            }
+            ErrorKind::PermissionDenied => {
+                "add yourself to the kvm group (usermod -aG kvm $USER), then log in again"
+            }
             _ => "see `mvm doctor`",
         };
         Failure::because("cannot open /dev/kvm", error).help(help)

@@ -46,7 +46,8 @@ impl FromStr for Net {
         }
         let mut parts = text.split(',');
         let name = parts.next().and_then(|part| part.strip_prefix("tap=")).ok_or_else(wrong)?;
-        let name_ok = !name.is_empty() && name.len() <= 15 && !name.contains(['/', ' ']) && name != "." && name != "..";
+        let name_ok =
+            !name.is_empty() && name.len() <= 15 && !name.contains(['/', ' ']) && name != "." && name != "..";
         if !name_ok {
             return Err(wrong());
         }
@@ -101,7 +102,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_what_would_do() {
-        for text in ["", "tap", "tap=", "tap=a/b", "tap=t0,mac=1", "tap=t0,ip=10.0.0.1/33", "tap=t0,mac=01:0:0:0:0:0"] {
+        for text in
+            ["", "tap", "tap=", "tap=a/b", "tap=t0,mac=1", "tap=t0,ip=10.0.0.1/33", "tap=t0,mac=01:0:0:0:0:0"]
+        {
             let error = text.parse::<Net>().unwrap_err().to_string();
             assert!(error.contains("tap=NAME"), "{text}: {error}");
         }

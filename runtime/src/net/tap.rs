@@ -22,7 +22,9 @@ pub fn open_tap(name: &str) -> Result<File, Failure> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open("/dev/net/tun")
         .context(|| "cannot open /dev/net/tun".to_owned())
-        .map_err(|failure| failure.help("load the tun module and run as root; `mvm doctor` shows what is missing"))?;
+        .map_err(|failure| {
+            failure.help("load the tun module and run as root; `mvm doctor` shows what is missing")
+        })?;
     // SAFETY: all-zero bytes are a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.as_bytes().iter().take(libc::IFNAMSIZ - 1)) {

@@ -137,7 +137,7 @@ impl AgentClient {
         let (stop, _stop) =
             pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|errno| io_error(what)(errno.into()))?;
         let shared = Arc::new(Shared::default());
-        let link = Link { shared: Arc::clone(&shared), control, decoder, streams, stop };
+        let link = Link { shared: Arc::clone(&shared), control, decoder, streams, accepting: true, stop };
         thread::Builder::new()
             .name("agent".to_owned())
             .spawn(move || link.run())

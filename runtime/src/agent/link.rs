@@ -25,7 +25,7 @@ const HEADER_TIME: Duration = Duration::from_secs(2);
 pub trait StreamSource: Send + 'static {
     /// Readable when a connection waits.
     fn readiness(&self) -> BorrowedFd<'_>;
-    /// The next connection, without waiting.
+    /// The next connection, without waiting. Any error but `WouldBlock` means that no more will come.
     fn accept(&self) -> io::Result<UnixStream>;
 }
 
@@ -46,6 +46,8 @@ pub(super) struct Link<S> {
     pub(super) control: UnixStream,
     pub(super) decoder: Decoder,
     pub(super) streams: S,
+    /// Streams can still arrive.
+    pub(super) accepting: bool,
     /// Readable, or hung up, when the client is dropped.
     pub(super) stop: OwnedFd,
 }
@@ -78,26 +80,29 @@ impl<S: StreamSource> Link<S> {
     fn turn(&mut self, half_open: &mut Vec<HalfOpen>) -> Result<bool, String> {
         // What was read together with the hello may already hold messages.
         self.take_messages()?;
-        let listening = half_open.len() < MAX_HALF_OPEN;
-        let interest = if listening { PollFlags::POLLIN } else { PollFlags::empty() };
+        let listening = self.accepting && half_open.len() < MAX_HALF_OPEN;
         let mut fds = vec![
             PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.streams.readiness(), interest),
         ];
         fds.extend(half_open.iter().map(|it| PollFd::new(it.stream.as_fd(), PollFlags::POLLIN)));
+        if listening {
+            // Left out otherwise: a source that has hung up is always ready.
+            fds.push(PollFd::new(self.streams.readiness(), PollFlags::POLLIN));
+        }
         let earliest = half_open.iter().map(|it| it.deadline).min();
         match poll(&mut fds, timeout_until(earliest)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(format!("cannot poll: {errno}")),
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        let (control, stop, streams) = (is(&ready, 0), is(&ready, 1), is(&ready, 2));
-        if stop {
+        if is(&ready, 1) {
             return Ok(false);
         }
-        self.read_headers(half_open, ready.get(3..).unwrap_or_default());
-        if streams && listening {
+        let control = is(&ready, 0);
+        let streams = listening && ready.last().copied().unwrap_or(false);
+        self.read_headers(half_open, ready.get(2..).unwrap_or_default());
+        if streams {
             self.greet(half_open);
         }
         if control {
@@ -130,12 +135,16 @@ impl<S: StreamSource> Link<S> {
         }
     }
 
-    fn greet(&self, half_open: &mut Vec<HalfOpen>) {
-        if let Ok(stream) = self.streams.accept()
-            && stream.set_nonblocking(true).is_ok()
-        {
-            let deadline = Instant::now() + HEADER_TIME;
-            half_open.push(HalfOpen { stream, header: [0; STREAM_HEADER_LEN], have: 0, deadline });
+    fn greet(&mut self, half_open: &mut Vec<HalfOpen>) {
+        match self.streams.accept() {
+            Ok(stream) if stream.set_nonblocking(true).is_ok() => {
+                let deadline = Instant::now() + HEADER_TIME;
+                half_open.push(HalfOpen { stream, header: [0; STREAM_HEADER_LEN], have: 0, deadline });
+            }
+            Ok(_) => {}
+            Err(error) if would_block(&error) => {}
+            // Starts that wait for a stream end by their deadline; the rest goes on.
+            Err(_) => self.accepting = false,
         }
     }
 

@@ -63,7 +63,7 @@ pub(super) fn take_in(
     writer: &mut Writer,
     progress: &mut dyn Progress,
 ) -> Result<()> {
-    walk(path, &mut Intake { overlay, merger, writer, progress, links: HashMap::new(), bytes: 0 })
+    walk(path, &mut Intake { overlay, merger, writer, progress, links: HashMap::new() })
 }
 
 fn walk<V: Visitor>(path: &Path, visitor: &mut V) -> Result<()> {
@@ -174,7 +174,6 @@ struct Intake<'a> {
     progress: &'a mut dyn Progress,
     /// Files with several names, by device and inode.
     links: HashMap<(u64, u64), NodeId>,
-    bytes: u64,
 }
 
 impl Visitor for Intake<'_> {
@@ -237,8 +236,7 @@ impl Intake<'_> {
         if stat.st_nlink > 1 {
             self.links.insert(inode, id);
         }
-        self.bytes += size;
-        self.progress.advance(self.bytes);
+        self.progress.advance(size);
         Ok(())
     }
 }

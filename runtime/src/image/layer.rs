@@ -260,7 +260,7 @@ impl Read for Stored<'_> {
             hasher.update(bytes);
         }
         self.total += got as u64;
-        self.progress.advance(self.total);
+        self.progress.advance(got as u64);
         Ok(got)
     }
 }

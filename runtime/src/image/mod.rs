@@ -33,4 +33,4 @@ pub use config::ImageConfig;
 pub use error::{Error, Result};
 pub use progress::{Phase, Progress};
 pub use source::{Format, Key, Source};
-pub use store::{Cached, Rootfs, Store};
+pub use store::{Cached, Image, Rootfs, Store};

@@ -23,8 +23,8 @@ pub trait Progress {
     /// A phase begins, of `total` bytes if that is known.
     fn begin(&mut self, phase: Phase, total: Option<u64>);
 
-    /// The phase is `done` bytes further.
-    fn advance(&mut self, done: u64);
+    /// `bytes` more of the phase are done.
+    fn advance(&mut self, bytes: u64);
 }
 
 /// Nobody watches.

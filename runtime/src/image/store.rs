@@ -52,12 +52,8 @@ pub struct Rootfs {
 pub struct Cached {
     /// What it was made from, in hex.
     pub key: String,
-    /// The image's name, if it had one.
-    pub name: Option<String>,
-    /// The path it was found at.
-    pub origin: PathBuf,
-    /// How the image was stored.
-    pub format: Format,
+    /// The images it is the root file system of: several may have the same layers.
+    pub images: Vec<Image>,
     /// Its length in bytes.
     pub bytes: u64,
     /// Bytes it takes on the host.
@@ -68,15 +64,40 @@ pub struct Cached {
     pub last_used: SystemTime,
 }
 
-/// What is kept beside a file system.
-#[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    name: Option<String>,
-    origin: PathBuf,
-    format: Format,
-    created: SystemTime,
-    config: ImageConfig,
+/// An image that a file system was made for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its name, if it had one.
+    pub name: Option<String>,
+    /// The path it was found at.
+    pub origin: PathBuf,
+    /// How it was stored.
+    pub format: Format,
+    /// How to run it.
+    pub config: ImageConfig,
 }
+
+impl Image {
+    fn of(source: &Source) -> Self {
+        Self {
+            name: source.name().map(str::to_owned),
+            origin: source.path().to_owned(),
+            format: source.format(),
+            config: source.config().clone(),
+        }
+    }
+}
+
+/// What is kept beside a file system.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    created: SystemTime,
+    /// The latest comes first.
+    images: Vec<Image>,
+}
+
+/// Most images remembered for one file system.
+const MAX_IMAGES: usize = 32;
 
 impl Store {
     /// Where images are kept unless told otherwise.
@@ -95,25 +116,38 @@ impl Store {
     pub fn rootfs(&self, source: &Source, progress: &mut dyn Progress) -> Result<Rootfs> {
         let key = source.key()?;
         let hex = key.hex();
-        if let Some(found) = self.find(&hex, Some(source))? {
-            return Ok(found);
+        let image = Image::of(source);
+        if let Some((found, record)) = self.find(&hex)?
+            && record.images.contains(&image)
+        {
+            return Ok(Rootfs { config: image.config, ..found });
         }
         let _lock = self.lock(&hex, progress)?;
         // Whoever held the lock may have built it.
-        if let Some(found) = self.find(&hex, Some(source))? {
-            return Ok(found);
+        if let Some((found, mut record)) = self.find(&hex)? {
+            record.images.retain(|other| (&other.name, &other.origin) != (&image.name, &image.origin));
+            record.images.insert(0, image.clone());
+            record.images.truncate(MAX_IMAGES);
+            self.replace_record(&hex, &record)?;
+            return Ok(Rootfs { config: image.config, ..found });
         }
         self.build(&key, source, progress)?;
-        let found = self.find(&hex, Some(source))?;
         let path = self.path(&hex, "erofs");
         let unreadable = || Error::Open { path, source: io::ErrorKind::InvalidData.into() };
-        Ok(Rootfs { built: true, ..found.ok_or_else(unreadable)? })
+        let (found, _) = self.find(&hex)?.ok_or_else(unreadable)?;
+        Ok(Rootfs { config: image.config, built: true, ..found })
     }
 
     /// A file system that is in the store, by its image's name, or by its key or the beginning of it.
     pub fn get(&self, wanted: &str) -> Result<Rootfs> {
-        let found = self.one(wanted)?;
-        self.find(&found.key, None)?.ok_or_else(|| Error::NotCached { wanted: wanted.to_owned() })
+        let key = self.one(wanted)?.key;
+        let (found, record) =
+            self.find(&key)?.ok_or_else(|| Error::NotCached { wanted: wanted.to_owned() })?;
+        let named = record.images.into_iter().find(|image| image.name.as_deref() == Some(wanted));
+        Ok(match named {
+            Some(image) => Rootfs { config: image.config, ..found },
+            None => found,
+        })
     }
 
     /// Everything in the store, the most recently used first.
@@ -151,7 +185,8 @@ impl Store {
 
     fn one(&self, wanted: &str) -> Result<Cached> {
         let is_key = |cached: &Cached| !wanted.is_empty() && cached.key.starts_with(wanted);
-        let is_name = |cached: &Cached| cached.name.as_deref() == Some(wanted);
+        let is_name =
+            |cached: &Cached| cached.images.iter().any(|image| image.name.as_deref() == Some(wanted));
         let mut fitting = self.list()?;
         fitting.retain(|cached| is_key(cached) || is_name(cached));
         match fitting.len() {
@@ -181,15 +216,14 @@ impl Store {
     fn cached(&self, key: &str) -> Option<Cached> {
         let image = self.path(key, "erofs").metadata().ok()?;
         let beside = self.path(key, "json");
-        let Record { name, origin, format, created, .. } = read_record(&beside).ok()?;
+        let Record { created, images } = read_record(&beside).ok()?;
         let last_used = beside.metadata().and_then(|metadata| metadata.modified()).unwrap_or(created);
         let (bytes, disk_bytes) = (image.len(), image.blocks() * 512);
-        Some(Cached { key: key.to_owned(), name, origin, format, bytes, disk_bytes, created, last_used })
+        Some(Cached { key: key.to_owned(), images, bytes, disk_bytes, created, last_used })
     }
 
-    /// The finished file system of a key, if it is there and sound. `source` has the newer word on
-    /// how to run it: several images may have the same layers.
-    fn find(&self, key: &str, source: Option<&Source>) -> Result<Option<Rootfs>> {
+    /// The finished file system of a key and what is known about it, if it is there and sound.
+    fn find(&self, key: &str) -> Result<Option<(Rootfs, Record)>> {
         let path = self.path(key, "erofs");
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -206,8 +240,8 @@ impl Store {
         if let Err(error) = touched.and_then(|file| file.set_modified(SystemTime::now())) {
             log::debug!("cannot note that {} is used: {error}", path.display());
         }
-        let config = source.map_or(record.config, |source| source.config().clone());
-        Ok(Some(Rootfs { file, path, key: key.to_owned(), bytes, config, built: false }))
+        let config = record.images.first().map(|image| image.config.clone()).unwrap_or_default();
+        Ok(Some((Rootfs { file, path, key: key.to_owned(), bytes, config, built: false }, record)))
     }
 
     fn build(&self, key: &Key, source: &Source, progress: &mut dyn Progress) -> Result<()> {
@@ -242,18 +276,18 @@ impl Store {
         progress.begin(Phase::Finishing, None);
         let image = writer.finish(&tree, key.uuid())?.file;
         image.sync_all().map_err(write(temporary))?;
-        let record = Record {
-            name: source.name().map(str::to_owned),
-            origin: source.path().to_owned(),
-            format: source.format(),
-            created: SystemTime::now(),
-            config: source.config().clone(),
-        };
         // The record comes first: a file system that is there is complete.
-        write_record(&self.path(&hex, "new"), &record)?;
-        fs::rename(self.path(&hex, "new"), self.path(&hex, "json")).map_err(write(&self.root))?;
+        let record = Record { created: SystemTime::now(), images: vec![Image::of(source)] };
+        self.replace_record(&hex, &record)?;
         fs::rename(temporary, self.path(&hex, "erofs")).map_err(write(temporary))?;
         File::open(&self.root).and_then(|root| root.sync_all()).map_err(write(&self.root))
+    }
+
+    /// Writes a record in the place of the one that is there.
+    fn replace_record(&self, key: &str, record: &Record) -> Result<()> {
+        let (new, there) = (self.path(key, "new"), self.path(key, "json"));
+        write_record(&new, record)?;
+        fs::rename(&new, &there).map_err(|source| Error::Write { path: there, source })
     }
 
     /// Waits for the right to build or remove what belongs to a key.

@@ -19,8 +19,8 @@ impl Progress for Told {
         self.phases.push(phase);
     }
 
-    fn advance(&mut self, done: u64) {
-        self.bytes = done;
+    fn advance(&mut self, bytes: u64) {
+        self.bytes += bytes;
     }
 }
 
@@ -82,7 +82,7 @@ fn a_listing_shows_what_can_be_removed() {
     store.rootfs(&two, &mut ()).unwrap();
     let listed = store.list().unwrap();
     assert_eq!(
-        listed.iter().map(|cached| cached.name.as_deref().unwrap()).collect::<Vec<_>>(),
+        listed.iter().map(|cached| cached.images[0].name.as_deref().unwrap()).collect::<Vec<_>>(),
         ["two:1", "latest"]
     );
     assert!(listed.iter().all(|cached| cached.bytes > 0 && cached.disk_bytes > 0));
@@ -105,10 +105,29 @@ fn what_a_dead_builder_left_is_swept_and_a_live_one_is_not_disturbed() {
         fs::write(dir.path().join(name), b"x").unwrap();
     }
     let live = fs::File::open(dir.path().join("live.lock")).unwrap();
-    live.lock().unwrap();
+    let _held = nix::fcntl::Flock::lock(live, nix::fcntl::FlockArg::LockExclusive).unwrap();
     store.sweep().unwrap();
     let mut left: Vec<_> =
         fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["dead.lock", "done.erofs", "live.lock", "live.tmp"]);
+}
+
+#[test]
+fn images_of_the_same_layers_share_a_file_system_under_all_their_names() {
+    let dir = tempfile::tempdir().unwrap();
+    docker_archive(&dir.path().join("d.tar"), &[("one:1", demo()), ("two:1", demo())]);
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let open = |name: &str| Source::open(format!("{}/d.tar:{name}", dir.path().display())).unwrap();
+    assert!(store.rootfs(&open("one:1"), &mut ()).unwrap().built);
+    let second = store.rootfs(&open("two:1"), &mut ()).unwrap();
+    assert!(!second.built);
+    assert_eq!(second.config.cmd, ["run", "two:1"]);
+    assert_eq!(store.get("one:1").unwrap().config.cmd, ["run", "one:1"]);
+    assert_eq!(store.get("two:1").unwrap().config.cmd, ["run", "two:1"]);
+    let listed = store.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].images.len(), 2);
+    store.rootfs(&open("one:1"), &mut ()).unwrap();
+    assert_eq!(store.list().unwrap()[0].images.len(), 2, "nobody is listed twice");
 }

@@ -176,7 +176,7 @@ fn root(request: &Request) -> SetupRoot {
 
 fn network(request: &Request) -> Option<Configure> {
     let Net::Tap(TapNet { name, mac, address, gateway }) = &request.net else { return None };
-    let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id)));
+    let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id))).bytes();
     let interface =
         Interface { mac, name: "eth0".to_owned(), mtu: 0, addresses: address.iter().copied().collect() };
     let routes = gateway.map(|gateway| Route {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use mvm_devices::virtio::vsock::dialer::DialServer;
-use mvm_devices::virtio::{DeviceSpec, block, vsock};
+use mvm_devices::virtio::{DeviceSpec, block, net, vsock};
 use mvm_vmm::config::{Boot, MachineConfig, Serial};
 use mvm_vmm::launch::{Files, Launch};
 
@@ -128,8 +128,15 @@ impl Opening {
     }
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
-        let _ = (open_tap, mac_of, plan);
-        Err(Failure::new(format!("no network device for {}", tap.name)))
+        let slot = self.files.add(open_tap(&tap.name)?);
+        let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
+        self.devices.push(DeviceSpec::Net(net::Config {
+            tap: slot,
+            mac: Some(mac),
+            mtu: None,
+            only_own_mac: false,
+        }));
+        Ok(())
     }
 
     fn vsock(&mut self, sockets: Option<&Path>) -> Result<Calls, Failure> {

@@ -7,6 +7,7 @@ pub use tap::open_tap;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use mvm_devices::virtio::net::MacAddress;
 use mvm_protocol::Address;
 
 /// What a machine's network interface is connected to.
@@ -24,7 +25,7 @@ pub struct TapNet {
     /// Interface name on the host, at most 15 bytes.
     pub name: String,
     /// Hardware address of the guest's interface; made from the machine's name if it is not given.
-    pub mac: Option<[u8; 6]>,
+    pub mac: Option<MacAddress>,
     /// Address the guest's interface gets, if the agent is to configure it.
     pub address: Option<Address>,
     /// Default gateway of the guest.
@@ -54,7 +55,7 @@ impl FromStr for Net {
         let mut net = TapNet { name: name.to_owned(), mac: None, address: None, gateway: None };
         for part in parts {
             match part.split_once('=').ok_or_else(wrong)? {
-                ("mac", value) => net.mac = Some(parse_mac(value).ok_or_else(wrong)?),
+                ("mac", value) => net.mac = Some(value.parse().map_err(|_| wrong())?),
                 ("ip", value) => net.address = Some(parse_address(value).ok_or_else(wrong)?),
                 ("gateway", value) => net.gateway = Some(value.parse().map_err(|_| wrong())?),
                 _ => return Err(wrong()),
@@ -62,13 +63,6 @@ impl FromStr for Net {
         }
         Ok(Self::Tap(net))
     }
-}
-
-/// `02:00:…`, six bytes, not a group address.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Option<Vec<u8>> = text.split(':').map(|part| u8::from_str_radix(part, 16).ok()).collect();
-    let mac: [u8; 6] = bytes?.try_into().ok()?;
-    (mac[0] & 1 == 0).then_some(mac)
 }
 
 fn parse_address(text: &str) -> Option<Address> {
@@ -80,10 +74,11 @@ fn parse_address(text: &str) -> Option<Address> {
 }
 
 /// A locally administered address that follows from the machine's name, so that it is the same next time.
-pub fn mac_of(name: &str) -> [u8; 6] {
+pub fn mac_of(name: &str) -> MacAddress {
     use sha2::{Digest, Sha256};
     let digest = Sha256::digest(name.as_bytes());
-    [0x02, digest[0], digest[1], digest[2], digest[3], digest[4]]
+    let bytes = [0x02, digest[0], digest[1], digest[2], digest[3], digest[4]];
+    MacAddress::new(bytes).expect("02 begins a unicast address")
 }
 
 #[cfg(test)]
@@ -95,7 +90,7 @@ mod tests {
         let net: Net = "tap=t0,mac=02:00:00:00:00:0a,ip=10.0.0.2/24,gateway=10.0.0.1".parse().unwrap();
         let Net::Tap(tap) = net else { panic!("not a tap") };
         assert_eq!(tap.name, "t0");
-        assert_eq!(tap.mac, Some([2, 0, 0, 0, 0, 10]));
+        assert_eq!(tap.mac.unwrap().bytes(), [2, 0, 0, 0, 0, 10]);
         assert_eq!(tap.address.unwrap().prefix, 24);
         assert_eq!(tap.gateway.unwrap().to_string(), "10.0.0.1");
     }
@@ -114,6 +109,6 @@ mod tests {
     fn a_name_always_gives_the_same_unicast_local_address() {
         assert_eq!(mac_of("otter"), mac_of("otter"));
         assert_ne!(mac_of("otter"), mac_of("badger"));
-        assert_eq!(mac_of("otter")[0], 2);
+        assert_eq!(mac_of("otter").bytes()[0], 2);
     }
 }

@@ -1,0 +1,96 @@
+//! `mvm boot`: kernels, consoles, and the ways a machine ends.
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+use mvm_integration::vm::{TestVm, initrd, scratch};
+use mvm_protocol::ShutdownMode;
+use mvm_vmm::exit::Exit;
+
+use crate::{Test, mvm, programs};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("boot_shows_the_guests_console_and_ends_with_power_off", power_off),
+    ("boot_tells_reboot_panic_and_power_off_apart", endings),
+    ("a_stock_debian_kernel_boots_from_its_bzimage", debian),
+    ("a_read_only_disk_refuses_writes_and_a_writable_one_keeps_them", disks),
+    ("an_orderly_shutdown_and_reboot_through_the_agent_are_told_apart", through_the_agent),
+];
+
+fn our_kernel() -> PathBuf {
+    programs().join("share/mvm/vmlinux")
+}
+
+fn boot(kernel: &Path, initrd: &Path, more: &[&str]) -> Output {
+    let mut command = mvm();
+    command.arg("boot").arg("--kernel").arg(kernel).arg("--initrd").arg(initrd).args(more);
+    command.stdin(Stdio::null()).output().expect("mvm is built")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).replace('\r', "")
+}
+
+fn power_off() {
+    let initrd = initrd("power-off", "echo \"cpus $(nproc)\"; uname -r; poweroff -f");
+    let output = boot(&our_kernel(), &initrd, &["--console", "--cpus", "2", "--cmdline", "quiet panic=-1"]);
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(stdout.contains("cpus 2\n"), "{stdout}{stderr}");
+    assert!(stdout.contains("-mvm\n"), "{stdout}");
+    assert!(stderr.contains("powered off"), "{stderr}");
+    assert_eq!(output.status.code(), Some(0));
+}
+
+fn endings() {
+    for (name, script, code, words) in
+        [("reboot", "reboot -f", 3, "reboot"), ("panic", "exit 1", 4, "panicked")]
+    {
+        let output = boot(&our_kernel(), &initrd(name, script), &["--cmdline", "quiet panic=-1"]);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{name}: {stderr}");
+        assert!(stderr.contains(words), "{name}: {stderr}");
+    }
+}
+
+fn debian() {
+    let kernel = std::env::var_os("MVM_TEST_DEBIAN_KERNEL").expect("`make e2e` names a stock Debian kernel");
+    let initrd = initrd("debian", "echo \"debian says $(uname -r)\"; poweroff -f");
+    let output = boot(
+        Path::new(&kernel),
+        &initrd,
+        &["--console=serial", "--memory", "256M", "--cmdline", "quiet panic=-1"],
+    );
+    let stdout = text(&output.stdout);
+    assert!(
+        stdout.contains("debian says 6.") && stdout.contains("-amd64"),
+        "{stdout}{}",
+        text(&output.stderr)
+    );
+    assert_eq!(output.status.code(), Some(0));
+}
+
+fn disks() {
+    let (fixed, kept) = (scratch().join("fixed.img"), scratch().join("kept.img"));
+    std::fs::write(&fixed, vec![b'f'; 1 << 20]).expect("a file");
+    std::fs::write(&kept, vec![b'k'; 1 << 20]).expect("a file");
+    let script = "cat /sys/block/vda/ro /sys/block/vdb/ro /sys/block/vdb/serial; \
+        echo changed | dd of=/dev/vda conv=notrunc 2>&1 | grep -o 'not permitted' ; \
+        echo changed | dd of=/dev/vdb conv=notrunc,fsync 2>/dev/null && echo written; \
+        dd if=/dev/vda bs=4 count=1 2>/dev/null; poweroff -f";
+    let (ro, rw) = (format!("{},ro", fixed.display()), format!("{},serial=kept", kept.display()));
+    let arguments = ["--console", "--disk", &ro, "--disk", &rw, "--cmdline", "quiet panic=-1"];
+    let output = boot(&our_kernel(), &initrd("disks", script), &arguments);
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains("1\n0\nkept"), "{stdout}{}", text(&output.stderr));
+    assert!(
+        stdout.contains("not permitted") && stdout.contains("written\n") && stdout.contains("ffff"),
+        "{stdout}"
+    );
+    assert!(std::fs::read(&fixed).expect("a file").iter().all(|byte| *byte == b'f'));
+    assert!(std::fs::read(&kept).expect("a file").starts_with(b"changed\nkkk"));
+}
+
+fn through_the_agent() {
+    assert_eq!(TestVm::new().boot().shut_down(ShutdownMode::PowerOff), Exit::Shutdown);
+    assert_eq!(TestVm::new().boot().shut_down(ShutdownMode::Reboot), Exit::Reboot);
+}

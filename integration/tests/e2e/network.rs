@@ -1,0 +1,82 @@
+//! The network card: a tap between guest and host.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+
+use mvm_integration::vm::{TestVm, Vm};
+use sha2::{Digest, Sha256};
+
+use crate::Test;
+
+/// Bytes of the stream; the emulated host is slow.
+const STREAM: usize = 100 << 20;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("guest_and_host_ping_each_other_over_a_tap", ping),
+    ("a_100_mb_stream_over_a_tap_arrives_unchanged_both_ways", stream),
+];
+
+/// A tap with an address, and a guest on it with the next.
+fn connected(name: &str, network: &str) -> Vm {
+    let ip = |arguments: &[&str]| {
+        let done = Command::new("ip").args(arguments).status().expect("iproute2");
+        assert!(done.success(), "ip {arguments:?}");
+    };
+    ip(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"]);
+    ip(&["addr", "add", &format!("{network}.1/24"), "dev", name]);
+    ip(&["link", "set", name, "up"]);
+    TestVm::new().net(&format!("tap={name},ip={network}.2/24,gateway={network}.1")).boot()
+}
+
+fn ping() {
+    let mut vm = connected("mvmping", "10.77.1");
+    let report = vm.sh("ping -c 3 10.77.1.1");
+    assert!(report.contains("3 packets received"), "{report}");
+    let answered =
+        Command::new("/bin/busybox").args(["ping", "-c", "3", "10.77.1.2"]).output().expect("busybox");
+    let report = String::from_utf8_lossy(&answered.stdout).into_owned();
+    assert!(report.contains("3 packets received"), "{report}");
+}
+
+fn stream() {
+    let mut vm = connected("mvmstream", "10.77.2");
+    let listener = TcpListener::bind("10.77.2.1:7000").expect("an address");
+    let block: Vec<u8> = (0..1_000_003u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let sent: Vec<u8> = block.iter().copied().cycle().take(STREAM).collect();
+    let hash = format!("{:x}", HexDigest(Sha256::digest(&sent).into()));
+    let to_guest = thread::spawn(move || {
+        let (mut guest, _) = listener.accept().expect("a connection");
+        guest.write_all(&sent).expect("it takes all");
+        guest.shutdown(std::net::Shutdown::Write).expect("an end");
+        receive(guest)
+    });
+    let report = vm.sh("nc 10.77.2.1 7000 < /dev/null | sha256sum");
+    assert_eq!(report.split_whitespace().next(), Some(hash.as_str()));
+    assert!(to_guest.join().expect("no panic").is_empty());
+
+    let listener = TcpListener::bind("10.77.2.1:7001").expect("an address");
+    let from_guest =
+        thread::spawn(move || Sha256::digest(receive(listener.accept().expect("a connection").0)));
+    let made = "yes 0123456789abcdefghijklmnopqrstuvwxyz | head -c 104857600";
+    let expected = vm.sh(&format!("{made} | sha256sum"));
+    vm.sh(&format!("{made} | nc 10.77.2.1 7001"));
+    let got = format!("{:x}", HexDigest(from_guest.join().expect("no panic").into()));
+    assert_eq!(expected.split_whitespace().next(), Some(got.as_str()));
+}
+
+fn receive(mut stream: TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("it ends in order");
+    bytes
+}
+
+/// A digest as `sha256sum` prints it.
+struct HexDigest([u8; 32]);
+
+impl std::fmt::LowerHex for HexDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}

@@ -288,3 +288,34 @@ fn hg_r04_a_header_that_changes_after_it_was_read_changes_nothing() {
     assert_eq!(it.vm.driver(0).posted_at(HIGH, 512), pattern(2));
     it.survived();
 }
+
+#[test]
+fn hg_r04_a_sector_that_changes_while_it_is_checked_reaches_no_other_place() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut it = attack();
+    let memory = it.vm.memory().clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let mutator = std::thread::spawn(move || {
+        let sector = GuestAddress(HIGH + 8);
+        while !stopped.load(Ordering::Relaxed) {
+            for value in [7u64, SECTORS, 1 << 55, u64::MAX, 1 << 20] {
+                memory.write_obj(value, sector).unwrap();
+            }
+        }
+    });
+    it.vm.memory().write_slice(&header(OUT, 7), GuestAddress(HIGH)).unwrap();
+    it.vm.memory().write_slice(&pattern(7), GuestAddress(HIGH + 512)).unwrap();
+    for _ in 0..5_000 {
+        let driver = it.vm.driver(0);
+        driver.describe(0, Descriptor { address: HIGH, len: 16, flags: NEXT, next: 1 });
+        driver.describe(1, Descriptor { address: HIGH + 512, len: 512, flags: NEXT, next: 2 });
+        driver.describe(2, Descriptor { address: HIGH + 64, len: 1, flags: WRITE, next: 0 });
+        driver.offer(0);
+        it.vm.kick(0);
+        assert_eq!(it.vm.driver(0).take(), Some((0, 1)));
+    }
+    stop.store(true, Ordering::Relaxed);
+    mutator.join().unwrap();
+    it.survived();
+}

@@ -1,6 +1,7 @@
 //! What a hostile driver or a bad host does to a network card, by the numbers of the scenario list.
 
 use super::*;
+use crate::testing::Descriptor;
 
 /// Honest traffic both ways.
 fn works(vm: &mut Harness, wire: &Wire) {
@@ -229,4 +230,39 @@ fn hg_r06_a_frame_in_any_number_of_pieces_is_one_frame() {
     vm.driver(TRANSMIT).post(&pieces, &[]);
     vm.kick(TRANSMIT);
     assert_eq!(wire.take(), Some((Header::default(), frame(243))));
+}
+
+#[test]
+fn hg_r06_a_frame_that_changes_while_it_is_checked_is_sent_as_it_was_checked() {
+    let (mut vm, wire, counts) = card_with(&Config { only_own_mac: true, ..config() }, |all| all);
+    let good = [&large().bytes()[..], &frame(2000)].concat();
+    let mut bad = good.clone();
+    bad[6] = 0xff; // csum_start
+    bad[7] = 0xff;
+    bad[HEADER + 11] ^= 1; // source address
+    let at = GuestAddress(crate::testing::HIGH + (1 << 20));
+    let memory = vm.memory().clone();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let mutator = std::thread::spawn(move || {
+        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            memory.write_slice(&bad[..32], at).unwrap();
+            memory.write_slice(&good[..32], at).unwrap();
+        }
+    });
+    for _ in 0..20_000 {
+        let driver = vm.driver(TRANSMIT);
+        driver.describe(0, Descriptor { address: at.0, len: 2012, ..Descriptor::default() });
+        driver.offer(0);
+        vm.kick(TRANSMIT);
+        assert_eq!(vm.driver(TRANSMIT).take(), Some((0, 0)));
+        if let Some((header, sent)) = wire.take() {
+            assert_eq!(sent[6..12], MAC);
+            assert!(usize::from(header.csum_start) + usize::from(header.csum_offset) + 2 <= sent.len());
+        }
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    mutator.join().unwrap();
+    assert_eq!(counts.get("tx_frames") + counts.get("tx_malformed") + counts.get("tx_spoofed"), 20_000);
+    works(&mut vm, &wire);
 }

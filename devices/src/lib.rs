@@ -34,6 +34,7 @@ pub mod interrupt;
 pub mod io_loop;
 pub mod memory;
 pub mod pci;
+pub mod rate;
 pub mod ring;
 pub mod serial;
 pub mod sys;

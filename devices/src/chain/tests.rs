@@ -356,7 +356,7 @@ fn descriptor() -> impl Strategy<Value = Descriptor> {
 
 /// Most links lead on to the next descriptor, or chains would hardly ever be long.
 fn onward(descriptor: Descriptor, index: u16) -> Descriptor {
-    let next = if descriptor.len % 8 == 0 { descriptor.next } else { index + 1 };
+    let next = if descriptor.len.is_multiple_of(8) { descriptor.next } else { index + 1 };
     Descriptor { next, ..descriptor }
 }
 

@@ -73,6 +73,8 @@ macro_rules! devices {
 devices! {
     /// A disk.
     block Block;
+    /// A terminal.
+    console Console;
     /// A network card.
     net Net;
     /// Host entropy.

@@ -25,12 +25,16 @@ impl Backlog {
     /// Appends `n` bytes. The caller has checked them against the connection's credit, which is what
     /// bounds the backlog to [`BUFFER`].
     pub(super) fn append(&mut self, from: &mut Cursor<'_>, n: u32) -> Result<(), ChainError> {
-        self.compact();
+        let n = usize::try_from(n).map_err(|_| ChainError::Short)?;
         if self.bytes.capacity() == 0 {
             self.bytes.reserve_exact(BUFFER as usize);
         }
+        if self.bytes.len().saturating_add(n) > self.bytes.capacity() {
+            self.bytes.drain(..self.gone);
+            self.gone = 0;
+        }
         let start = self.bytes.len();
-        let end = usize::try_from(n).ok().and_then(|n| start.checked_add(n)).ok_or(ChainError::Short)?;
+        let end = start.checked_add(n).ok_or(ChainError::Short)?;
         self.bytes.resize(end, 0);
         let read = from.read(self.bytes.get_mut(start..).unwrap_or_default());
         if read.is_err() {
@@ -50,13 +54,6 @@ impl Backlog {
     /// Forgets everything and gives the memory back.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
-    }
-
-    fn compact(&mut self) {
-        if self.gone > 0 {
-            self.bytes.drain(..self.gone);
-            self.gone = 0;
-        }
     }
 }
 
@@ -83,5 +80,18 @@ mod tests {
         backlog.advance(10);
         assert!(backlog.is_empty());
         assert_eq!(backlog.bytes.capacity(), 0);
+    }
+
+    #[test]
+    fn a_buffer_that_never_empties_does_not_grow() {
+        let mut backlog = Backlog::default();
+        append(&mut backlog, &[0; BUFFER as usize]);
+        for round in 1..100u8 {
+            backlog.advance(1000);
+            append(&mut backlog, &[round; 1000]);
+            assert_eq!(backlog.waiting().len(), BUFFER as usize);
+            assert_eq!(backlog.waiting().last(), Some(&round));
+            assert_eq!(backlog.bytes.capacity(), BUFFER as usize);
+        }
     }
 }

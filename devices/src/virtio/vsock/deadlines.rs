@@ -113,3 +113,47 @@ impl<T: Ord + Copy> Deadlines<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::Ordering;
+
+    fn wait(deadlines: &Deadlines<u8>) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let file = deadlines.timer.as_fd();
+        poll(&mut [PollFd::new(file, PollFlags::POLLIN)], PollTimeout::from(10_000u16)).unwrap() == 1
+    }
+
+    #[test]
+    fn the_timer_fires_for_each_in_its_order_and_is_silent_then() {
+        let mut deadlines = Deadlines::new(Clock::default()).unwrap();
+        deadlines.set(Duration::from_millis(20), 2);
+        let cleared = deadlines.set(Duration::from_millis(1), 9);
+        deadlines.set(Duration::from_millis(2), 1);
+        deadlines.clear(cleared, 9);
+        let mut expired = Vec::new();
+        while expired.len() < 2 {
+            assert!(wait(&deadlines), "the timer does not fire");
+            deadlines.fired();
+            expired.extend(std::iter::from_fn(|| deadlines.expired()));
+        }
+        assert_eq!(expired, [1, 2]);
+        deadlines.fired();
+        assert_eq!(deadlines.timer.get().unwrap(), None, "it is not armed while nobody waits");
+    }
+
+    #[test]
+    fn time_that_jumps_ahead_expires_everything_and_nothing_early() {
+        let clock = Clock::default();
+        let mut deadlines = Deadlines::new(clock.clone()).unwrap();
+        for who in 0..3u8 {
+            deadlines.set(Duration::from_secs(100 * (u64::from(who) + 1)), who);
+        }
+        assert_eq!(deadlines.expired(), None);
+        clock.ahead_millis.store(200_001, Ordering::SeqCst);
+        assert_eq!([deadlines.expired(), deadlines.expired(), deadlines.expired()], [Some(0), Some(1), None]);
+        clock.ahead_millis.store(1 << 40, Ordering::SeqCst);
+        assert_eq!([deadlines.expired(), deadlines.expired()], [Some(2), None]);
+    }
+}

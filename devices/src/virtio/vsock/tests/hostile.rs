@@ -277,3 +277,44 @@ fn hg_v23_a_flood_of_credit_requests_is_answered_at_most_once_each() {
     vm.expect(Op::Response, key);
     vm.expect_silence();
 }
+
+#[test]
+fn hg_r05_a_header_that_changes_while_it_is_read_is_one_or_the_other() {
+    use crate::memory::{Bytes, GuestAddress};
+    use std::sync::atomic::AtomicBool;
+    let mut vm = Vm::new();
+    let key = key(1, 1);
+    let mut host = vm.guest_dials(key);
+    let address = GuestAddress(crate::testing::HIGH + (5 << 20));
+    let memory = std::sync::Arc::clone(vm.harness.memory());
+    memory.write_slice(&data(key, 1).to_wire(), address).unwrap();
+    memory.write_slice(&[b'x'; 64], GuestAddress(address.0 + 44)).unwrap();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // 1 byte and 64 bytes, the two lengths the chain has room for.
+            while !ended.load(Ordering::Relaxed) {
+                for len in [64u32, 1] {
+                    memory.store(len.to_le(), GuestAddress(address.0 + 24), Ordering::Relaxed).unwrap();
+                }
+            }
+        });
+        let mut got = 0;
+        for _ in 0..5_000 {
+            let driver = vm.harness.driver(TX);
+            driver
+                .describe(0, crate::testing::Descriptor { address: address.0, len: 108, flags: 0, next: 0 });
+            driver.offer(0);
+            vm.harness.kick(TX);
+            assert_eq!(vm.harness.driver(TX).take(), Some((0, 0)));
+            let n = host.read(&mut [0; 256]).unwrap();
+            assert!(n == 1 || n == 64, "{n} bytes came out of one packet");
+            got += n;
+        }
+        ended.store(true, Ordering::Relaxed);
+        vm.send(from_guest(key, Op::CreditRequest), b"");
+        vm.settle();
+        let told = vm.inbox.back().unwrap().0.fwd_cnt as usize;
+        assert_eq!(told, got, "what was counted is what was passed on");
+    });
+}

@@ -1,6 +1,7 @@
 //! A guest's driver, a parent process and callers on the host, all on the test's own thread.
 
 mod callers;
+mod event_loop;
 mod handshake;
 mod hostile;
 mod lifecycle;

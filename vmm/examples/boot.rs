@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use mvm_vmm::config::{Boot, DeviceSpec, MachineConfig, Protocol, Serial};
+use mvm_vmm::config::{Boot, DeviceSpec, Image, MachineConfig, Protocol, Serial};
 use mvm_vmm::launch::{Ended, Files, Launch};
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -31,12 +31,16 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         Ok("pvh") => Protocol::Pvh,
         _ => Protocol::Linux64,
     };
+    let image = match std::env::var("MVM_IMAGE").as_deref() {
+        Ok("copy") => Image::Copy,
+        _ => Image::Map,
+    };
     let config = MachineConfig {
         id: "boot".parse()?,
         cpus: number("MVM_CPUS", 1)?.try_into()?,
         memory: number("MVM_MEMORY", 256)?.try_into()?,
         kvm,
-        boot: Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol },
+        boot: Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol, image },
         devices: devices(&mut files)?,
         serial,
         status: None,

@@ -61,6 +61,7 @@ fn start(kernel: &std::path::Path) -> Result<(Child, [u64; STAGES.len()])> {
             initrd: None,
             cmdline: Default::default(),
             protocol: Default::default(),
+            image: Default::default(),
         },
         devices: Vec::new(),
         serial: None,

@@ -86,6 +86,9 @@ pub struct Boot {
     /// How the kernel is entered.
     #[serde(default)]
     pub protocol: Protocol,
+    /// How an ELF kernel gets into memory.
+    #[serde(default)]
+    pub image: Image,
 }
 
 /// How the kernel is entered.
@@ -97,6 +100,18 @@ pub enum Protocol {
     Linux64,
     /// PVH: 32-bit protected mode at the entry that the image's note names.
     Pvh,
+}
+
+/// How an ELF kernel gets into memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Image {
+    /// Mapped copy-on-write: what no guest has changed is in memory once for all of them.
+    #[default]
+    Map,
+    /// Read into the guest's own memory: costs each guest the whole image, and boots sooner where the host
+    /// backs guests with huge pages, because it then faults once per 2 MiB.
+    Copy,
 }
 
 /// The first serial port (16550A at 0x3f8, polled).

@@ -94,6 +94,7 @@ fn load(config: &MachineConfig, slots: &mut Slots, memory: &Memory) -> Result<En
         initrd: initrd.as_ref(),
         cmdline: config.boot.cmdline.as_str(),
         protocol: config.boot.protocol,
+        image: config.boot.image,
     };
     let platform = Platform { cpus: config.cpus.get(), serial: config.serial.is_some() };
     Ok(boot::load(memory, config.memory.bytes(), &images, &platform)?)

@@ -1,5 +1,5 @@
-//! Guest RAM: anonymous private mappings, and files mapped into them copy-on-write.
-#![allow(unsafe_code)] // mapping a file over part of a region
+//! Guest RAM: anonymous private mappings, and files mapped into them copy-on-write or read.
+#![allow(unsafe_code)] // mapping a file over part of a region, and reading one into it
 
 use std::fs::File;
 use std::io;
@@ -52,6 +52,38 @@ pub(crate) fn map_file(memory: &Memory, file: &File, offset: u64, at: u64, lengt
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Reads exactly `length` bytes of `file` from `offset` into guest memory at `at`.
+///
+/// The range must lie in one region of `memory`. It goes there directly, through no buffer.
+pub(crate) fn read_file(memory: &Memory, file: &File, offset: u64, at: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let length = usize::try_from(length).map_err(|_| invalid())?;
+    let slice = memory.get_slice(GuestAddress(at), length).map_err(|_| invalid())?;
+    let mut done = 0;
+    while done < length {
+        let rest = slice.offset(done).map_err(|_| invalid())?;
+        let position = offset.checked_add(done as u64).and_then(|at| libc::off_t::try_from(at).ok());
+        let host = rest.ptr_guard_mut();
+        // SAFETY: `rest` vouches for `rest.len()` bytes at `host` inside a live mapping of guest memory, which
+        // is only accessed volatilely, so the kernel may write it at any time.
+        let read = unsafe {
+            libc::pread(file.as_raw_fd(), host.as_ptr().cast(), rest.len(), position.ok_or_else(invalid)?)
+        };
+        match usize::try_from(read) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => done += count,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -74,6 +106,18 @@ mod tests {
         memory.write_obj(9u8, GuestAddress(0x10_0000)).unwrap();
         map_file(&memory, &file, 4096, 0x20_0000, 4096).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x20_0000)).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_read_file_is_there_and_a_short_one_is_an_error() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let memory = memory();
+        read_file(&memory, &file, 3, 0x1001, 7).unwrap();
+        assert_eq!(memory.read_obj::<[u8; 8]>(GuestAddress(0x1001)).unwrap(), *b"3456789\0");
+        let error = read_file(&memory, &file, 3, 0x1001, 8).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(read_file(&memory, &file, 0, 0x3f_ffff, 2).is_err());
     }
 
     #[test]

@@ -46,6 +46,7 @@ fn launch(kernel: &[u8], change: impl FnOnce(&mut MachineConfig, &mut Files)) ->
             initrd: None,
             cmdline: Default::default(),
             protocol: Default::default(),
+            image: Default::default(),
         },
         devices: Vec::new(),
         serial: None,

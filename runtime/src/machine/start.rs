@@ -85,7 +85,7 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
         cpus: plan.cpus,
         memory: plan.memory,
         kvm,
-        boot: Boot { kernel, initrd, cmdline, protocol: Default::default() },
+        boot: Boot { kernel, initrd, cmdline, protocol: Default::default(), image: Default::default() },
         devices,
         serial,
         status: None,

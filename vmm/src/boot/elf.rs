@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 use linux_loader::elf::{EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use mvm_devices::memory::{ByteValued, Memory};
 
-use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Room, Span, map_whole_pages};
+use super::{Error, Loaded, MAX_KERNEL_BYTES, Result, Room, Span, copy, map_whole_pages};
+use crate::config::Image;
 use crate::layout;
 
 /// Most program headers; a kernel has about five.
@@ -27,7 +28,10 @@ pub(super) fn load(memory: &Memory, file: &File, bytes: u64, room: Room) -> Resu
     }
     for segment in &loads {
         let from = Span { start: segment.p_offset, length: segment.p_filesz };
-        map_whole_pages(memory, file, from, segment.p_paddr, "kernel")?;
+        match room.image {
+            Image::Map => map_whole_pages(memory, file, from, segment.p_paddr, "kernel")?,
+            Image::Copy => copy(memory, file, from, segment.p_paddr, "kernel")?,
+        }
     }
     let pvh_entry = find_pvh_entry(file, &segments)?;
     Ok(Loaded { entry: header.e_entry, pvh_entry, end, header: None })

@@ -19,9 +19,9 @@ use mvm_devices::memory::{Bytes, GuestAddress, Memory};
 
 pub use acpi::Platform;
 
-use crate::config::Protocol;
+use crate::config::{Image, Protocol};
 use crate::layout::{self, PAGE_SIZE};
-use crate::memory::map_file;
+use crate::memory::{map_file, read_file};
 
 /// Largest kernel image, and most memory a kernel may ask for.
 pub const MAX_KERNEL_BYTES: u64 = 128 << 20;
@@ -108,6 +108,8 @@ pub struct Images<'a> {
     pub cmdline: &'a str,
     /// How the kernel is entered.
     pub protocol: Protocol,
+    /// How an ELF kernel gets into memory.
+    pub image: Image,
 }
 
 /// Where the first virtual CPU starts.
@@ -152,6 +154,8 @@ struct Room {
     ram: u64,
     /// Bytes of the initial RAM disk.
     initrd: u64,
+    /// How an ELF kernel gets in.
+    image: Image,
 }
 
 impl Room {
@@ -174,7 +178,7 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
     let kernel_bytes = regular_size(images.kernel, "kernel", MAX_KERNEL_BYTES)?;
     let initrd_bytes =
         images.initrd.map(|file| regular_size(file, "initial RAM disk", MAX_INITRD_BYTES)).transpose()?;
-    let room = Room { ram, initrd: initrd_bytes.unwrap_or(0) };
+    let room = Room { ram, image: images.image, initrd: initrd_bytes.unwrap_or(0) };
     let kernel = load_kernel(memory, images.kernel, kernel_bytes, room)?;
     let initrd = images.initrd.map(|file| load_initrd(memory, file, room, &kernel)).transpose()?;
     let cmdline = cmdline::complete(images.cmdline, platform)?;
@@ -241,18 +245,9 @@ fn map_whole_pages(memory: &Memory, file: &File, from: Span, to: u64, what: &'st
     copy(memory, file, tail, map_end, what)
 }
 
-/// Copies bytes `from` of `file` to guest address `to`.
+/// Reads bytes `from` of `file` to guest address `to`.
 fn copy(memory: &Memory, file: &File, from: Span, to: u64, what: &'static str) -> Result<()> {
-    let mut buffer = vec![0; usize::try_from(from.length.min(1 << 20)).unwrap_or(0)];
-    let mut done = 0;
-    while done < from.length {
-        let step = buffer.len().min(usize::try_from(from.length - done).unwrap_or(usize::MAX));
-        let Some(chunk) = buffer.get_mut(..step) else { break };
-        file.read_exact_at(chunk, from.start + done).map_err(|source| Error::Read(what, source))?;
-        write(memory, to + done, chunk, what)?;
-        done += step as u64;
-    }
-    Ok(())
+    read_file(memory, file, from.start, to, from.length).map_err(|source| Error::Read(what, source))
 }
 
 fn write(memory: &Memory, at: u64, bytes: &[u8], what: &'static str) -> Result<()> {

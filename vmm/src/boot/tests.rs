@@ -36,7 +36,7 @@ fn file(content: &[u8]) -> File {
 
 fn try_load(mib: u64, kernel: &File, initrd: Option<&File>) -> (Memory, Result<Entry>) {
     let memory = memory::create(MemSize::try_from(mib).unwrap()).unwrap();
-    let images = Images { kernel, initrd, cmdline: "quiet", protocol: Protocol::Linux64 };
+    let images = Images { kernel, initrd, cmdline: "quiet", protocol: Protocol::Linux64, image: Image::Map };
     let entry = load(&memory, mib * MIB, &images, &PLATFORM);
     (memory, entry)
 }
@@ -92,7 +92,8 @@ fn files_that_are_no_kernels_are_refused_by_name() {
 fn pvh_without_a_note_is_refused() {
     let memory = memory::create(MemSize::try_from(8).unwrap()).unwrap();
     let kernel = elf(MIB, b"\xf4", 4096);
-    let images = Images { kernel: &kernel, initrd: None, cmdline: "", protocol: Protocol::Pvh };
+    let images =
+        Images { kernel: &kernel, initrd: None, cmdline: "", protocol: Protocol::Pvh, image: Image::Map };
     let entry = load(&memory, 8 * MIB, &images, &PLATFORM);
     assert!(matches!(entry, Err(Error::NoPvhEntry)), "{entry:?}");
 }

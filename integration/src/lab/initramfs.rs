@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
@@ -15,6 +16,8 @@ const MAIN: &str = include_str!("../../lab/main");
 /// What makes the image is one of its inputs.
 const BUILDER: &str = include_str!("initramfs.rs");
 const MODULES: &str = include_str!("modules.rs");
+/// How long an image of another build is kept.
+const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Mount points and such.
 const DIRECTORIES: [&str; 9] = ["bin", "dev", "proc", "m", "job", "host", "rw", "new", "tmp"];
 
@@ -47,6 +50,7 @@ impl Image {
         let key = key(&[INIT, MAIN, BUILDER, MODULES, &kernel.tree.to_string_lossy()], &busybox);
         let initramfs = cache.join(format!("initramfs-{key}"));
         if !initramfs.is_file() {
+            prune(&cache)?;
             let partial = cache.join(format!("initramfs-{key}.partial"));
             let archive = build(&kernel, &busybox, &cache)?;
             fs::write(&partial, archive).map_err(Error::file("write", &partial))?;
@@ -62,6 +66,20 @@ fn cache_directory() -> PathBuf {
         .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("mvm")))
         .or_else(|| variable("HOME").map(|dir| dir.join(".cache/mvm")))
         .unwrap_or_else(|| PathBuf::from("/var/cache/mvm"))
+}
+
+/// Removes images that nobody has made anew for a week; other checkouts may use the younger ones.
+fn prune(cache: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(cache).map_err(Error::file("list", cache))?.flatten() {
+        let old = entry
+            .metadata()
+            .and_then(|metadata| metadata.modified())
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > WEEK));
+        if old && entry.file_name().to_string_lossy().starts_with("initramfs-") {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// One process makes the image, the others wait for it.

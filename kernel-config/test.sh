@@ -24,8 +24,8 @@ readonly FEATURES='erofs:EROFS_FS overlay:OVERLAY_FS ext4:EXT4_FS tmpfs:TMPFS de
     user:USER_NS pid:PID_NS net:NET_NS ipc:IPC_NS uts:UTS_NS time:TIME_NS verity:DM_VERITY bbr:TCP_CONG_BBR fq:NET_SCH_FQ
     nft:NF_TABLES nat:NFT_NAT ipv6:IPV6 uring:IO_URING'
 # What must never come back: each was measured, or is a way into the guest that nothing uses.
-readonly ABSENT='MODULES LEGACY_PTYS INPUT VT SERIO VIRTIO_PCI_LEGACY UNWINDER_ORC RELOCATABLE FTRACE PARAVIRT_SPINLOCKS
-    DUMMY MEMCG_V1 DEVMEM'
+readonly ABSENT='MODULES LEGACY_PTYS INPUT VT SERIO VIRTIO_PCI_LEGACY RELOCATABLE FTRACE PARAVIRT_SPINLOCKS
+    BASE_SMALL DUMMY MEMCG_V1 DEVMEM'
 
 has() { grep -qx "CONFIG_$2=y" "$work/$1"; }
 lacks() { ! grep -q "^CONFIG_$2=" "$work/$1"; }
@@ -69,6 +69,7 @@ for variant in smp up hardened debug; do
 done
 check 'up: no SMP' lacks up SMP
 check 'smp: cpuset controller' has smp CPUSETS
+check 'smp: no unwind tables' lacks smp UNWINDER_ORC
 check 'smp: no serial driver' lacks smp SERIAL_8250
 check 'debug: serial console' has debug SERIAL_8250_CONSOLE
 check 'smp: no return thunks' lacks smp MITIGATION_RETHUNK

@@ -27,6 +27,7 @@ mod slice;
 mod source;
 mod sparse;
 mod store;
+mod stream;
 mod tarball;
 
 pub use config::ImageConfig;

@@ -78,10 +78,6 @@ impl<R: Input> Tarball<R> {
         &self.input
     }
 
-    pub(super) fn into_input(self) -> R {
-        self.input
-    }
-
     /// Length of the current body in the stream, as far as it is not read.
     pub(super) fn body_len(&self) -> u64 {
         self.body
@@ -315,11 +311,12 @@ fn truncated() -> Error {
     bad("the archive ends in the middle of it")
 }
 
-/// A failure of what the stream comes from.
+/// A failure of what the stream comes from, which may have been one of ours in disguise.
 pub(super) fn stream(source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::UnexpectedEof => truncated(),
-        _ => Error::Read { what: "the tar stream".to_owned(), source },
+    match source.downcast::<Error>() {
+        Ok(error) => error,
+        Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => truncated(),
+        Err(source) => Error::Read { what: "the tar stream".to_owned(), source },
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use proptest::prelude::*;
+
 use mvm_runtime::image::{Error, Source, Store};
 use serde_json::json;
 
@@ -163,4 +165,51 @@ fn what_is_no_image_is_refused_with_what_was_tried() {
     layout.list(layout.image(&[], &json!({})), "x");
     let error = Source::open(path("no-layers")).unwrap_err();
     assert!(error.to_string().contains("the image has no layers"), "{error}");
+}
+
+#[test]
+fn a_bomb_in_a_body_nobody_wants_is_stopped_as_well() {
+    let notes = Layer::new().file(".wh..wh.plnk", &vec![0; 200 << 20]).bytes();
+    let dir = tempfile::tempdir().unwrap();
+    let mut layout = Layout::new(dir.path());
+    layout.list(layout.image(&[(notes, Packed::Zstd)], &json!({})), "bomb");
+    let error = build(dir.path(), &Source::open(dir.path()).unwrap()).unwrap_err();
+    let Error::Layer { source, .. } = &error else { panic!("{error:?}") };
+    assert!(matches!(**source, Error::Limit { .. }), "{source:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Headers with any bytes in them, their checksums made right again so that they are looked at.
+    #[test]
+    fn changed_headers_give_an_error_or_a_sound_file_system(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), 0..500_usize, any::<u8>()), 1..6),
+    ) {
+        let layer = Layer::new()
+            .directory("d/")
+            .pax(&[("mtime", b"1.5"), ("SCHILY.xattr.user.a", b"v")])
+            .file("d/f", &[1; 700])
+            .hard_link("d/g", "d/f")
+            .symlink("l", "d")
+            .entry("././@LongLink", tar::EntryType::GNULongName, b"l/long-name\0", |_| {})
+            .file("short", b"body")
+            .device("c", tar::EntryType::Char, 1, 3)
+            .file("d/.wh.f", b"");
+        let mut bytes = layer.bytes();
+        let records: Vec<usize> = (0..bytes.len() / 512).collect();
+        for (record, at, byte) in changes {
+            let start = record.get(&records) * 512;
+            bytes[start + at] = byte;
+            let header = &mut bytes[start..start + 512];
+            header[148..156].fill(b' ');
+            let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+            header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+        // Reading back asserts that what was made is sound.
+        match unpack(vec![bytes]) {
+            Ok(seen) => prop_assert!(seen.contains_key(&b""[..])),
+            Err(error) => prop_assert!(matches!(error, Error::Layer { .. }), "{error:?}"),
+        }
+    }
 }

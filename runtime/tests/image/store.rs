@@ -131,3 +131,31 @@ fn images_of_the_same_layers_share_a_file_system_under_all_their_names() {
     store.rootfs(&open("one:1"), &mut ()).unwrap();
     assert_eq!(store.list().unwrap()[0].images.len(), 2, "nobody is listed twice");
 }
+
+/// Ends the builder in the last phase, as a kill would: nothing tidies up after it.
+struct Fatal;
+
+impl Progress for Fatal {
+    fn begin(&mut self, phase: Phase, _: Option<u64>) {
+        assert!(phase != Phase::Finishing, "killed");
+    }
+
+    fn advance(&mut self, _: u64) {}
+}
+
+#[test]
+fn a_builder_that_dies_leaves_nothing_that_would_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Source::open(layout(&dir.path().join("image"), demo())).unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let build = std::panic::AssertUnwindSafe(|| store.rootfs(&source, &mut Fatal));
+    assert!(std::panic::catch_unwind(build).is_err());
+    let unfinished = |extension: &str| {
+        let mut paths = fs::read_dir(dir.path().join("store")).unwrap().map(|entry| entry.unwrap().path());
+        paths.any(|path| path.extension().is_some_and(|found| found == extension))
+    };
+    assert!(unfinished("tmp") && !unfinished("erofs"));
+    assert!(store.list().unwrap().is_empty());
+    assert!(store.rootfs(&source, &mut ()).unwrap().built);
+    assert!(!unfinished("tmp"));
+}

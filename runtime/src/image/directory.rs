@@ -66,13 +66,13 @@ pub(super) fn take_in(
     walk(path, &mut Intake { overlay, merger, writer, progress, links: HashMap::new() })
 }
 
-fn walk<V: Visitor>(path: &Path, visitor: &mut V) -> Result<()> {
+fn walk<V: Visitor>(top: &Path, visitor: &mut V) -> Result<()> {
     let fail = |below: &Path| {
-        let path = path.join(below);
+        let path = top.join(below);
         move |errno: Errno| Error::Open { path, source: errno.into() }
     };
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = nix::fcntl::open(path, flags, Mode::empty()).map_err(fail(Path::new("")))?;
+    let root = nix::fcntl::open(top, flags, Mode::empty()).map_err(fail(Path::new("")))?;
     let stat = fstat(&root).map_err(fail(Path::new("")))?;
     let place = visitor.root(root.as_fd(), &stat)?;
     let mut pending = vec![(PathBuf::new(), place)];
@@ -87,7 +87,7 @@ fn walk<V: Visitor>(path: &Path, visitor: &mut V) -> Result<()> {
             };
             let found = Found { path: &path, directory: directory.as_fd(), name: &name, stat };
             let taken = visitor.visit(place, &found);
-            if let Some(place) = taken.map_err(|source| host_file(&path, source))? {
+            if let Some(place) = taken.map_err(|source| host_file(top.join(&path), source))? {
                 pending.push((path, place));
             }
         }
@@ -95,8 +95,8 @@ fn walk<V: Visitor>(path: &Path, visitor: &mut V) -> Result<()> {
     Ok(())
 }
 
-fn host_file(path: &Path, source: Error) -> Error {
-    Error::HostFile { path: path.to_owned(), source: Box::new(source) }
+fn host_file(path: PathBuf, source: Error) -> Error {
+    Error::HostFile { path, source: Box::new(source) }
 }
 
 /// Opens a directory below `root`; `None` if something is mounted there.

@@ -151,6 +151,8 @@ impl Source {
                 }
             }
             Content::Directories(directories) => {
+                // The same directory means something else in an overlay.
+                hash.update(format!("{:?}\n", self.format));
                 for path in directories {
                     hash.update(directory::fingerprint(path)?);
                 }
@@ -197,6 +199,10 @@ impl Source {
         if let Some(wanted) = wanted {
             let wanted = wanted.text().to_owned();
             return Err(Error::NoSuchImage { path, wanted, names: Vec::new() });
+        }
+        if has("config.json") && has("rootfs") {
+            let tried = "it is a runtime bundle; its root file system is in rootfs/".to_owned();
+            return Err(Error::NotAnImage { path, tried });
         }
         refuse_host_root(&path)?;
         let mut entries = path.read_dir().map_err(|source| Error::Open { path: path.clone(), source })?;

@@ -152,6 +152,10 @@ fn what_is_no_image_is_refused_with_what_was_tried() {
     fs::write(path("tar"), Layer::new().file("f", b"").bytes()).unwrap();
     let error = Source::open(path("tar")).unwrap_err();
     assert!(error.to_string().contains("without index.json (OCI) and without manifest.json"), "{error}");
+    fs::create_dir_all(path("bundle/rootfs")).unwrap();
+    fs::write(path("bundle/config.json"), "{}").unwrap();
+    let error = Source::open(path("bundle")).unwrap_err();
+    assert!(error.to_string().ends_with("its root file system is in rootfs/"), "{error}");
     fs::create_dir(path("empty")).unwrap();
     assert!(matches!(Source::open(path("empty")).unwrap_err(), Error::EmptyRoot { .. }));
     assert!(matches!(Source::open("/").unwrap_err(), Error::HostRoot { .. }));
@@ -179,7 +183,7 @@ fn a_bomb_in_a_body_nobody_wants_is_stopped_as_well() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     /// Headers with any bytes in them, their checksums made right again so that they are looked at.
     #[test]

@@ -19,7 +19,7 @@ use mvm_runtime::machine::Net;
 use mvm_vmm::exit::Exit;
 
 /// Bound of anything a test waits for; an emulated host is thirty times slower than a real one.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 /// A shell and everything else, in one static file of Debian's `busybox-static`.
 const BUSYBOX: &str = "/bin/busybox";
 

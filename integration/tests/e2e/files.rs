@@ -38,7 +38,8 @@ fn survives_reboot() {
 fn full_upper() {
     let disk = ext4_disk("full.ext4", 16);
     let mut vm = TestVm::new().upper_disk(&disk).boot();
-    let output = vm.output("head -c 100000000 /dev/zero > /big", b"");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
+    let output = vm.output("dd if=/dev/zero of=/big bs=1M count=100", b"");
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(complaint.contains("No space left"), "{complaint}{}", vm.sh("dmesg | tail -n 20"));
     assert_eq!(vm.sh("rm /big; echo room > /small; cat /small"), "room\n");
 }

@@ -36,6 +36,13 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
+    // Machines that tests start themselves come from the same place as those of the command line.
+    // SAFETY: no other thread exists yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::env::set_var("MVM_PREFIX", programs());
+        std::env::set_var("MVM_VMM", programs().join("bin/mvm-vmm"));
+    }
     let mut arguments = Arguments::from_args();
     // Emulated machines side by side only slow each other down.
     arguments.test_threads.get_or_insert(2);

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use mvm_devices::virtio::vsock::dialer::DialServer;
-use mvm_devices::virtio::{DeviceSpec, block, net, vsock};
+use mvm_devices::virtio::{DeviceSpec, block, console, net, vsock};
 use mvm_vmm::config::{Boot, MachineConfig, Serial};
 use mvm_vmm::launch::{Files, Launch};
 
@@ -164,7 +164,12 @@ impl Opening {
         let (input, output) = (self.files.add(input), self.files.add(output));
         match kind {
             ConsoleKind::Virtio => {
-                return Err(Failure::new("no console device"));
+                self.devices.push(DeviceSpec::Console(console::Config {
+                    input: Some(input),
+                    output,
+                    unlimited: true,
+                    size: None,
+                }));
             }
             ConsoleKind::Serial => self.serial = Some(Serial { output, input: Some(input) }),
         }

@@ -195,7 +195,7 @@ impl Vsock {
                 Ok(Some(answer)) => self.muxer.dialled(answer.id, answer.stream.map(UnixStream::from)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Ok(None) | Err(_) => {
-                    log::warn!("the parent process answers no more: the guest can dial nobody");
+                    log::info!("the parent process answers no more: the guest can dial nobody");
                     io.unwatch(dialer.file())?;
                     self.muxer.dialer = None;
                 }

@@ -4,6 +4,7 @@
 //! hostile driver at the registers, `p_` a property over random sequences.
 
 mod discovery;
+mod hostile;
 mod model;
 mod negotiation;
 mod queues;

@@ -4,6 +4,8 @@
 //! with length 0 and counted. A ring that makes no sense is an error: the device asks for a reset. No
 //! driver input can end, hang or grow the process: each call handles at most one queue's worth of chains.
 
+#[cfg(test)]
+mod properties;
 mod registers;
 #[cfg(test)]
 mod tests;

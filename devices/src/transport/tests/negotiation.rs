@@ -43,6 +43,30 @@ fn c_003_c_004_a_device_that_cannot_go_on_says_so_and_notifies() {
 }
 
 #[test]
+fn a_device_that_waits_for_a_reset_looks_at_no_kick_and_works_after_it() {
+    let (mut vm, log) = machine();
+    let mut queues = vm.start(false);
+    log.fail.store(true, Ordering::SeqCst);
+    vm.kick(0);
+    vm.sink.wait(0, 1);
+    let served = log.served();
+    log.fail.store(false, Ordering::SeqCst);
+    for _ in 0..3 {
+        queues[1].post(&[b"ping"], &[4]);
+        vm.kick(1);
+        vm.settle();
+    }
+    assert_eq!(vm.function.kicks[1].read().unwrap(), 3, "nobody listens, so nobody is woken");
+    assert_eq!((log.served(), vm.sink.signals(0), queues[1].used_index()), (served, 1, 0));
+    vm.set_status(0);
+    queues[1].begin_at(0);
+    let mut queues = vm.start(false);
+    queues[1].post(&[b"ping"], &[4]);
+    vm.settle();
+    assert_eq!((vm.status(), queues[1].used_index()), (15, 1));
+}
+
+#[test]
 fn c_005_c_006_a_subset_the_device_cannot_work_with_is_refused() {
     let (mut vm, _) = machine();
     assert!(!vm.negotiate(VERSION_1 | NEEDS_BASE));

@@ -3,7 +3,7 @@
 
 use std::{ffi::CStr, mem, os::fd::AsRawFd, path::PathBuf};
 
-use mvm_protocol::ShutdownMode;
+use mvm_protocol::{Configure, ShutdownMode};
 use nix::{
     fcntl::{OFlag, open},
     mount::{MsFlags, mount},
@@ -17,7 +17,7 @@ use nix::{
 };
 
 use crate::{
-    kmsg,
+    kmsg, network,
     step::{Kernel, Linux, MountCall, Step},
 };
 
@@ -62,6 +62,9 @@ pub(crate) fn late(role: Role) {
         perform(&late_mounts());
         if let Err(errno) = std::fs::write("/proc/self/oom_score_adj", "-999") {
             kmsg::say(&format!("cannot protect the agent from the OOM killer: {errno}"));
+        }
+        if let Err(error) = network::configure(&Configure::default()) {
+            kmsg::say(&error.to_string());
         }
     }
 }

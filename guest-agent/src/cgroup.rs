@@ -20,8 +20,8 @@ const CONTROLLERS: &str = "+memory +pids +cpu";
 /// One container's cgroup.
 pub(crate) struct Cgroup {
     path: PathBuf,
-    /// Writing `0` moves the writer in.
-    pub(crate) processes: File,
+    /// Processes are forked into it.
+    pub(crate) directory: File,
     /// `memory.events`, which says when it changes.
     pub(crate) events: Option<File>,
     /// Kills that were already reported.
@@ -34,9 +34,9 @@ impl Cgroup {
         let path = mount_point.join(format!("mvm-{id}"));
         let _ = fs::write(mount_point.join("cgroup.subtree_control"), CONTROLLERS);
         fs::create_dir(&path).ok()?;
-        let processes = File::options().write(true).open(path.join("cgroup.procs")).ok()?;
+        let directory = File::open(&path).ok()?;
         let events = File::open(path.join("memory.events")).ok();
-        Some(Self { path, processes, events, kills: 0 })
+        Some(Self { path, directory, events, kills: 0 })
     }
 
     /// Sends a signal to every process in it.
@@ -99,7 +99,7 @@ mod tests {
         fs::write(&events, "oom_kill 1\n").unwrap();
         let mut cgroup = Cgroup {
             path: dir.path().join("none"),
-            processes: File::open(&events).unwrap(),
+            directory: File::open(&events).unwrap(),
             events: Some(File::open(&events).unwrap()),
             kills: 0,
         };

@@ -1,9 +1,6 @@
 //! Starting a process: its streams, the steps of its set-up, its program.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
-};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use mvm_protocol::{PidNamespace, Start, Stdio, WindowSize};
 use nix::{
@@ -109,9 +106,6 @@ pub(crate) fn steps<'a>(
     let oom_score_adj = start.oom_score_adj.to_string().into_bytes();
     let oom_step = Step::WriteFile { path: c"/proc/self/oom_score_adj".into(), bytes: oom_score_adj };
     let mut steps = vec![Step::Try(Box::new(oom_step))];
-    if let Some(cgroup) = surroundings.cgroup {
-        steps.push(Step::WriteTo { file: cgroup.as_fd(), what: "cgroup.procs", bytes: b"0".into() });
-    }
     if let Some(root) = surroundings.root {
         let namespace = root.mount_namespace.as_fd();
         steps.push(Step::EnterNamespace { namespace, kind: CloneFlags::CLONE_NEWNS });
@@ -138,8 +132,6 @@ pub(crate) fn steps<'a>(
 pub(crate) struct Surroundings<'a> {
     /// The container root it enters.
     pub(crate) root: Option<&'a Root>,
-    /// Its root's `cgroup.procs`.
-    pub(crate) cgroup: Option<&'a File>,
     /// It is the first of its PID name space, whose /proc only it can mount.
     pub(crate) mount_proc: bool,
 }
@@ -177,6 +169,8 @@ pub(crate) fn check(start: &Start) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use mvm_protocol::{Token, User};
 
     use super::*;
@@ -207,7 +201,7 @@ mod tests {
         let account = user::resolve(&start.user, root.as_fd()).unwrap();
         let stdio = StdioFiles::new(&start.stdio, root.as_fd()).unwrap();
         let report = Report::new().unwrap();
-        let surroundings = Surroundings { root: None, cgroup: None, mount_proc };
+        let surroundings = Surroundings { root: None, mount_proc };
         names(&steps(start, &account, &surroundings, &stdio, report.writer()).unwrap())
     }
 

@@ -19,7 +19,7 @@ use crate::{
     kmsg, network,
     process::{self, StdioFiles, Surroundings, environment, set_nonblocking},
     shutdown::Shutdown,
-    spawn::{PidSpace, Program, Report, await_exec, launch},
+    spawn::{PidSpace, Place, Program, Report, await_exec, launch},
     stats,
     step::Linux,
     streams::{Kind, Stream},
@@ -95,7 +95,7 @@ impl Agent {
         let program = Program::new(&start.args, &environment(start, &account))?;
         let mut stdio = StdioFiles::new(&start.stdio, directory.as_fd())?;
         self.streams.check_room(stdio.outer.len())?;
-        let space = match start.pid_namespace {
+        let pids = match start.pid_namespace {
             PidNamespace::Agent => PidSpace::Agent,
             PidNamespace::New => PidSpace::New,
             PidNamespace::Join(process) => PidSpace::of(self.table.running(process)?)?,
@@ -105,12 +105,13 @@ impl Agent {
 
         let surroundings = Surroundings {
             root,
-            cgroup: root.and_then(|root| root.cgroup.as_ref()).map(|cgroup| &cgroup.processes),
-            mount_proc: root.is_some_and(|root| !root.has_proc || matches!(space, PidSpace::New)),
+            mount_proc: root.is_some_and(|root| !root.has_proc || matches!(pids, PidSpace::New)),
         };
+        let cgroup = root.and_then(|root| root.cgroup.as_ref()).map(|cgroup| cgroup.directory.as_fd());
+        let place = Place { pids, cgroup };
         let report = Report::new()?;
         let steps = process::steps(start, &account, &surroundings, &stdio, report.writer())?;
-        let pid = launch(&steps, &program, &report, &space)?;
+        let pid = launch(&steps, &program, &report, &place)?;
         await_exec(pid, &steps, &program, report)?;
 
         if let Some(id) = &start.root {

@@ -100,6 +100,13 @@ impl Report {
     }
 }
 
+/// Where a child is to live.
+pub(crate) struct Place<'a> {
+    pub(crate) pids: PidSpace,
+    /// The directory of its cgroup.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+}
+
 /// Which PID name space a child is to live in.
 pub(crate) enum PidSpace {
     Agent,
@@ -133,13 +140,16 @@ pub(crate) fn launch(
     steps: &[Step<'_>],
     program: &Program,
     report: &Report,
-    space: &PidSpace,
+    place: &Place<'_>,
 ) -> Result<Pid> {
-    let own = match space {
+    let own = match place.pids {
         PidSpace::Agent => None,
         _ => Some(open_pid_space("/proc/self/ns/pid")?),
     };
-    let forked = space.choose().and_then(|()| sys::fork());
+    let forked = place.pids.choose().and_then(|()| match place.cgroup {
+        Some(cgroup) => sys::fork_into(cgroup),
+        None => sys::fork(),
+    });
     if let Ok(None) = forked {
         run_child(&mut Linux, steps, program, report.writer.as_fd());
     }

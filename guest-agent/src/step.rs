@@ -42,8 +42,6 @@ pub(crate) enum Step<'a> {
     EnterNamespace { namespace: BorrowedFd<'a>, kind: CloneFlags },
     /// Make a mounted directory the root and lose sight of the old one.
     EnterRoot(CString),
-    /// Write to an open file.
-    WriteTo { file: BorrowedFd<'a>, what: &'static str, bytes: Vec<u8> },
     /// Write to an existing file.
     WriteFile { path: CString, bytes: Vec<u8> },
     /// setsid(2).
@@ -118,7 +116,6 @@ impl Kernel for Linux {
             Step::Unshare(flags) => unshare(*flags),
             Step::EnterNamespace { namespace, kind } => setns(namespace, *kind),
             Step::EnterRoot(path) => enter_root(path),
-            Step::WriteTo { file, bytes, .. } => write(file, bytes).map(drop),
             Step::WriteFile { path, bytes } => write_file(path, bytes),
             Step::NewSession => setsid().map(drop),
             Step::ControllingTerminal => sys::take_controlling_terminal(),
@@ -209,7 +206,6 @@ impl fmt::Display for Step<'_> {
             Self::Unshare(flags) => write!(f, "cannot make name spaces {flags:?}"),
             Self::EnterNamespace { kind, .. } => write!(f, "cannot enter name space {kind:?}"),
             Self::EnterRoot(path) => write!(f, "cannot make {} the root", text(path)),
-            Self::WriteTo { what, .. } => write!(f, "cannot write {what}"),
             Self::WriteFile { path, .. } => write!(f, "cannot write {}", text(path)),
             Self::NewSession => write!(f, "cannot start a session"),
             Self::ControllingTerminal => write!(f, "cannot take the controlling terminal"),

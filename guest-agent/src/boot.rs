@@ -10,6 +10,7 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::{
         reboot::{RebootMode, reboot},
+        resource::{Resource, setrlimit},
         signal::{SigSet, SigmaskHow, sigprocmask},
         stat::Mode,
     },
@@ -62,6 +63,10 @@ pub(crate) fn late(role: Role) {
         perform(&late_mounts());
         if let Err(errno) = std::fs::write("/proc/self/oom_score_adj", "-999") {
             kmsg::say(&format!("cannot protect the agent from the OOM killer: {errno}"));
+        }
+        // What programs expect today: few descriptors unless they ask for more, and plenty if they do.
+        if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, 1024, 524_288) {
+            kmsg::say(&format!("cannot set the limit of open files: {errno}"));
         }
         if let Err(error) = network::configure(&Configure::default()) {
             kmsg::say(&error.to_string());

@@ -31,6 +31,7 @@ mod storage;
 mod streams;
 mod sys;
 mod table;
+mod uevent;
 mod user;
 
 /// The C entry point. Rust's own would insist on descriptors 0 to 2, or on a /dev/null to open in their

@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use mvm_protocol::{DiskFilesystem, Lower, Mount, MountSource, Writable, limits};
@@ -12,10 +13,14 @@ use crate::{
     error::{Context, Error, Result},
     spawn::c_string,
     step::{Kernel, MountCall, Step},
+    uevent::Uevents,
 };
 
 /// Longest virtio serial (virtio 1.2 §5.2.6.1).
 const MAX_SERIAL: usize = 20;
+
+/// How long a disk may take to show after its container was asked for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the agent has mounted for containers, so that a disk is mounted once and all of it is unmounted.
 pub(crate) struct Storage {
@@ -27,12 +32,14 @@ pub(crate) struct Storage {
     disks: Vec<(String, String, bool)>,
     /// All mount points, in the order they were made.
     mounted: Vec<String>,
+    /// How long a disk that is not there is waited for.
+    patience: Duration,
 }
 
 impl Storage {
     /// Nothing mounted yet.
     pub(crate) fn new(base: PathBuf, sys_block: PathBuf) -> Self {
-        Self { base, sys_block, disks: Vec::new(), mounted: Vec::new() }
+        Self { base, sys_block, disks: Vec::new(), mounted: Vec::new(), patience: PATIENCE }
     }
 
     /// Makes mounts in order; if one fails those made before it are undone.
@@ -171,18 +178,37 @@ impl Storage {
     }
 
     /// The device whose virtio serial is this. Names like vda follow the order of probing and mean
-    /// nothing.
+    /// nothing. A disk that has just been attached may take a moment to show.
     fn find_disk(&self, serial: &str) -> Result<String> {
         if serial.is_empty() || serial.len() > MAX_SERIAL {
             return Err(Error::Invalid(format!("disk serial {serial:?} is not 1 to 20 bytes")));
         }
+        if let Some(device) = self.look_for_disk(serial)? {
+            return Ok(device);
+        }
+        let missing = || Error::NotFound(format!("no disk has the serial {serial}"));
+        let deadline = Instant::now() + self.patience;
+        // Listens first and looks then: what comes in between is not missed.
+        let events = Uevents::new().map_err(|_| missing())?;
+        loop {
+            if let Some(device) = self.look_for_disk(serial)? {
+                return Ok(device);
+            }
+            if !events.wait(deadline) {
+                return Err(missing());
+            }
+        }
+    }
+
+    fn look_for_disk(&self, serial: &str) -> Result<Option<String>> {
+        let is_it = |disk: &PathBuf| {
+            // An empty slot has no sectors yet.
+            let empty = fs::read(disk.join("size")).is_ok_and(|size| trim(&size) == b"0");
+            !empty && fs::read(disk.join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes())
+        };
         let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
-        disks
-            .flatten()
-            .find(|disk| fs::read(disk.path().join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes()))
-            .and_then(|disk| disk.file_name().into_string().ok())
-            .map(|name| format!("/dev/{name}"))
-            .ok_or_else(|| Error::NotFound(format!("no disk has the serial {serial}")))
+        let found = disks.flatten().map(|disk| disk.path()).find(is_it);
+        Ok(found.and_then(|disk| Some(format!("/dev/{}", disk.file_name()?.to_str()?))))
     }
 
     fn path(&self, name: &str) -> String {

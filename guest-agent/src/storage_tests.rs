@@ -44,7 +44,8 @@ fn guest(disks: &[(&str, &str)]) -> Guest {
         fs::write(sys_block.join(name).join("serial"), serial).unwrap();
     }
     let text = base.to_str().unwrap().to_owned();
-    Guest { storage: Storage::new(base, sys_block), kernel: Notebook::default(), base: text, _dir: dir }
+    let storage = Storage { patience: Duration::ZERO, ..Storage::new(base, sys_block) };
+    Guest { storage, kernel: Notebook::default(), base: text, _dir: dir }
 }
 
 impl Guest {
@@ -99,6 +100,16 @@ fn one_disk_cannot_be_a_layer_and_writable() {
 fn a_missing_disk_is_named() {
     let error = guest(&[("vda", "abc")]).mount_root(&[erofs("ab")], Writable::No).unwrap_err();
     assert!(matches!(&error, Error::NotFound(text) if text == "no disk has the serial ab"), "{error}");
+}
+
+#[test]
+fn a_disk_without_sectors_is_a_slot_that_waits_for_one() {
+    let mut guest = guest(&[("vda", "a")]);
+    let size = guest.storage.sys_block.join("vda/size");
+    fs::write(&size, "0\n").unwrap();
+    assert!(matches!(guest.mount_root(&[erofs("a")], Writable::No), Err(Error::NotFound(_))));
+    fs::write(&size, "2048\n").unwrap();
+    assert!(guest.mount_root(&[erofs("a")], Writable::No).is_ok());
 }
 
 #[test]

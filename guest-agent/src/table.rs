@@ -144,6 +144,8 @@ fn not_found(process: u64) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
     const AT: Stamp = Stamp { monotonic_ns: 1, boottime_ns: 2 };
@@ -210,5 +212,74 @@ mod tests {
         }
         assert!(matches!(table.check_free(1), Err(Error::Exists(_))));
         assert!(matches!(table.check_free(9999), Err(Error::Busy(_))));
+    }
+
+    /// One thing that can happen to the table.
+    #[derive(Clone, Debug)]
+    enum Happening {
+        Started { outputs: usize },
+        Reaped { nth: usize },
+        OutputEnded { nth: usize },
+        Forgotten { nth: usize },
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        prop_oneof![
+            (0..3_usize).prop_map(|outputs| Happening::Started { outputs }),
+            (0..20_usize).prop_map(|nth| Happening::Reaped { nth }),
+            (0..20_usize).prop_map(|nth| Happening::OutputEnded { nth }),
+            (0..20_usize).prop_map(|nth| Happening::Forgotten { nth }),
+        ]
+    }
+
+    /// A process as the kernel and the pumps know it.
+    struct Real {
+        pid: i32,
+        alive: bool,
+        outputs: usize,
+        reports: usize,
+    }
+
+    proptest! {
+        /// P-23: whatever the order, each exit is reported exactly once, and never before its output.
+        #[test]
+        fn every_exit_is_reported_once_and_after_its_output(happenings in vec(happening(), 0..80)) {
+            let mut table = Table::default();
+            let mut real: Vec<Real> = Vec::new();
+            for it in happenings {
+                let mut event = None;
+                match it {
+                    Happening::Started { outputs } => {
+                        // The kernel gives a number again once its process is reaped.
+                        let pid = (1..).find(|pid| !real.iter().any(|it| it.alive && it.pid == *pid)).unwrap();
+                        table.started(real.len() as u64, Pid::from_raw(pid), None, outputs);
+                        real.push(Real { pid, alive: true, outputs, reports: 0 });
+                    }
+                    Happening::Reaped { nth } => if let Some(process) = real.get_mut(nth).filter(|it| it.alive) {
+                        process.alive = false;
+                        let id = table.reaped(Pid::from_raw(process.pid), OK, AT);
+                        prop_assert_eq!(id, Some(nth as u64));
+                        event = table.report(nth as u64);
+                    },
+                    Happening::OutputEnded { nth } => if let Some(process) = real.get_mut(nth).filter(|it| it.outputs > 0) {
+                        process.outputs -= 1;
+                        event = table.output_ended(nth as u64);
+                    },
+                    Happening::Forgotten { nth } => {
+                        let reported = real.get(nth).is_some_and(|it| it.reports > 0);
+                        let forgotten = table.forget(nth as u64).is_ok();
+                        prop_assert!(!forgotten || reported);
+                    }
+                }
+                if let Some(Event::Exited { process, .. }) = event {
+                    real[process as usize].reports += 1;
+                }
+            }
+            for process in &real {
+                let over = !process.alive && process.outputs == 0;
+                prop_assert_eq!(process.reports, usize::from(over));
+            }
+            prop_assert_eq!(table.all_running().count(), real.iter().filter(|it| it.alive).count());
+        }
     }
 }

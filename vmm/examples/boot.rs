@@ -1,13 +1,15 @@
 //! Boots a kernel with its console on this terminal: `boot KERNEL [INITRD] [-- CMDLINE]`.
 //!
-//! MVM_CPUS and MVM_MEMORY (MiB) change the machine; MVM_SERIAL=off leaves the console out. Events go to
-//! standard error.
+//! MVM_CPUS, MVM_MEMORY (MiB), MVM_PROTOCOL (pvh) and MVM_IMAGE (copy) change the machine, MVM_DEVICES is a JSON
+//! array of devices, MVM_DISK a list of disks; MVM_SERIAL=off leaves the console out; MVM_CONTROL is where the
+//! control socket is made. Events go to standard error.
 #![allow(clippy::print_stderr)]
 
 use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
 use mvm_vmm::config::{Boot, DeviceSpec, Image, MachineConfig, Protocol, Serial};
@@ -35,6 +37,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         Ok("copy") => Image::Copy,
         _ => Image::Map,
     };
+    let control = std::env::var_os("MVM_CONTROL").map(UnixListener::bind).transpose()?;
     let config = MachineConfig {
         id: "boot".parse()?,
         cpus: number("MVM_CPUS", 1)?.try_into()?,
@@ -44,7 +47,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         devices: devices(&mut files)?,
         serial,
         status: None,
-        control: None,
+        control: control.map(|listener| files.add(listener)),
     };
     let stderr = Some(io::stderr().as_fd().try_clone_to_owned()?);
     let mut child = Launch { config, files, stderr }.spawn()?;
@@ -66,8 +69,8 @@ fn devices(files: &mut Files) -> Result<Vec<DeviceSpec>, Box<dyn Error>> {
         let disk = files.add(File::options().read(true).write(true).open(path)?);
         devices.push(serde_json::from_value(serde_json::json!({"type": "block", "disk": disk}))?);
     }
-    if std::env::var("MVM_RNG").is_ok() {
-        devices.push(serde_json::from_value(serde_json::json!({"type": "rng"}))?);
+    if let Ok(json) = std::env::var("MVM_DEVICES") {
+        devices.extend(serde_json::from_str::<Vec<DeviceSpec>>(&json)?);
     }
     Ok(devices)
 }

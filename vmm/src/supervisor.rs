@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use mvm_devices::serial::INPUT_SIZE;
 use mvm_devices::transport::VirtioPci;
+use mvm_devices::virtio::balloon;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
@@ -15,7 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::config::MachineConfig;
 use crate::control::server::Server;
-use crate::control::{Answer, DeviceMetrics, Info, MachineState, Metrics, Reply, Request};
+use crate::control::{Answer, Balloon, DeviceMetrics, Info, MachineState, Metrics, Reply, Request};
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::log;
@@ -24,6 +25,8 @@ use crate::vcpu::Running;
 
 /// How long virtual CPUs may take to be held.
 const PAUSE_TIME: Duration = Duration::from_secs(1);
+/// Memory a balloon leaves to its guest, in MiB.
+const LEAST_MIB: u64 = 32;
 /// How often serial input that the guest has not read is offered again.
 const INPUT_INTERVAL: u8 = 10;
 
@@ -136,8 +139,25 @@ impl<'a> Supervisor<'a> {
                 self.machine.gate.finish(Exit::Stopped);
                 Reply::Ok(Answer::Done {})
             }
-            Request::Balloon { .. } => Reply::Error("this machine has no balloon".to_owned()),
+            Request::Balloon { target_mib } => self.balloon(*target_mib),
         }
+    }
+
+    /// Sets the balloon's target and tells the driver; a guest keeps [`LEAST_MIB`] to live on.
+    fn balloon(&self, target_mib: u64) -> Reply {
+        let target_mib = target_mib.min(self.config.memory.mib().saturating_sub(LEAST_MIB));
+        let pages_per_mib = (1 << 20) / balloon::PAGE_SIZE;
+        let mut reply = Reply::Error("this machine has no balloon".to_owned());
+        self.machine.bus.pci.for_each_virtio(|device| {
+            if let ("balloon", Some(space)) = (device.kind().name, device.config_space()) {
+                let pages = u32::try_from(target_mib * pages_per_mib).unwrap_or(u32::MAX);
+                balloon::set_target(space, pages);
+                let actual_mib = u64::from(balloon::actual(space)) / pages_per_mib;
+                device.notify_config_changed();
+                reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
+            }
+        });
+        reply
     }
 
     /// Holds the CPUs, then the devices: from then on nothing touches guest memory.

@@ -55,6 +55,8 @@ pub enum Answer {
     Info(Info),
     /// To [`Request::Metrics`].
     Metrics(Metrics),
+    /// To [`Request::Balloon`].
+    Balloon(Balloon),
     /// To everything else.
     Done {},
 }
@@ -95,6 +97,15 @@ pub struct Metrics {
     pub serial_dropped: u64,
     /// Log lines that were suppressed.
     pub log_suppressed: u64,
+}
+
+/// Where a balloon stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon {
+    /// MiB the guest is to do without: what was asked for, or the most a guest can spare.
+    pub target_mib: u64,
+    /// MiB the guest says it does without so far: a claim, not a fact.
+    pub actual_mib: u64,
 }
 
 /// A device's counters.
@@ -179,7 +190,8 @@ mod tests {
     #[test]
     fn every_answer_survives_the_wire() {
         let info = Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
-        for answer in [Answer::Info(info), Answer::Metrics(Metrics::default()), Answer::Done {}] {
+        let balloon = Answer::Balloon(Balloon { target_mib: 2, actual_mib: 1 });
+        for answer in [Answer::Info(info), Answer::Metrics(Metrics::default()), balloon, Answer::Done {}] {
             let text = serde_json::to_string(&Reply::Ok(answer.clone())).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), Reply::Ok(answer));
         }

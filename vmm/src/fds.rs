@@ -38,6 +38,17 @@ impl Slots {
         slot.map(|slot| self.take_for(slot, purpose)).transpose()
     }
 
+    /// Closes every inherited descriptor beyond the first `count` slots, which nobody meant to pass. To be
+    /// called before anything is opened.
+    pub(crate) fn close_beyond(&self, count: u32) -> io::Result<()> {
+        let first = FIRST_SLOT.saturating_add(count);
+        // SAFETY: takes numbers only. The descriptors closed were inherited and are not owned by anything here.
+        match unsafe { libc::close_range(first, u32::MAX, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     fn take_number(&mut self, slot: u32) -> io::Result<OwnedFd> {
         let number = RawFd::try_from(slot).map_err(|_| io::ErrorKind::InvalidInput)?;
         if !self.taken.insert(slot) {

@@ -20,6 +20,17 @@ enum Goal {
     End(Exit),
 }
 
+/// What a vCPU that came to the gate is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Go on.
+    On,
+    /// Go on after having been held: time has passed that the guest did not see.
+    Resumed,
+    /// End.
+    End,
+}
+
 #[derive(Debug)]
 struct State {
     goal: Goal,
@@ -54,10 +65,10 @@ impl Gate {
         self.finished.as_fd()
     }
 
-    /// Called by a vCPU before each entry: returns true to go on, after any pause, and false to end.
-    pub(crate) fn pass(&self) -> bool {
+    /// Called by a vCPU before each entry; returns when it may go on or is to end.
+    pub(crate) fn pass(&self) -> Pass {
         if !self.closed.load(Ordering::Acquire) {
-            return true;
+            return Pass::On;
         }
         let mut state = self.lock();
         state.waiting += 1;
@@ -66,7 +77,7 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
-        state.goal == Goal::Run
+        if state.goal == Goal::Run { Pass::Resumed } else { Pass::End }
     }
 
     /// Ends the machine. The first reason stands.
@@ -144,7 +155,7 @@ mod tests {
         let gate = Arc::new(gate());
         let vcpu = {
             let gate = Arc::clone(&gate);
-            std::thread::spawn(move || while gate.pass() {})
+            std::thread::spawn(move || while gate.pass() != Pass::End {})
         };
         assert!(gate.pause(1, Instant::now() + Duration::from_secs(10), || ()));
         assert!(gate.is_paused());
@@ -159,7 +170,7 @@ mod tests {
         let gate = Arc::new(gate());
         let vcpu = {
             let gate = Arc::clone(&gate);
-            std::thread::spawn(move || while gate.pass() {})
+            std::thread::spawn(move || while gate.pass() != Pass::End {})
         };
         assert!(gate.pause(1, Instant::now() + Duration::from_secs(10), || ()));
         gate.finish(Exit::Stopped);
@@ -173,7 +184,7 @@ mod tests {
         gate.finish(Exit::Shutdown);
         gate.resume();
         assert_eq!(gate.exit(), Some(Exit::Reboot));
-        assert!(!gate.pass());
+        assert_eq!(gate.pass(), Pass::End);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Starts a machine's process: for programs that open everything and hand it over.
 //!
 //! The child gets exactly the given descriptors, an empty environment, `/dev/null` as standard input and
-//! output, and nothing else: every other descriptor of the caller must be close-on-exec, as Rust's are.
+//! output, and nothing else: it closes what else it inherits before it does anything.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -49,7 +49,7 @@ pub enum Error {
     System(&'static str, #[source] io::Error),
 }
 
-type Result<T> = std::result::Result<T, Error>;
+type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The descriptors a machine inherits, in order of slots.
 #[derive(Debug, Default)]
@@ -231,7 +231,10 @@ fn spawn(program: &Path, config: &OwnedFd, files: &Files, stderr: Option<&OwnedF
     let mut attributes = PosixSpawnAttr::init().map_err(failed)?;
     attributes.set_sigmask(&SigSet::empty()).map_err(failed)?;
     attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK).map_err(failed)?;
-    let arguments = [std::ffi::CString::new(program.as_os_str().as_bytes())
-        .map_err(|error| Error::System("name the machine's program", error.into()))?];
+    let arguments = [program.as_os_str().as_bytes().to_vec(), files.0.len().to_string().into_bytes()]
+        .into_iter()
+        .map(CString::new)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| Error::System("name the machine's program", error.into()))?;
     posix_spawn(program, &actions, &attributes, &arguments, &[] as &[&CStr]).map_err(failed)
 }

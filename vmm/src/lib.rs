@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 mod cpuid;
 mod devices;
+mod doorbell;
 mod ecam;
 mod error;
 pub mod exit;

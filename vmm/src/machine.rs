@@ -15,6 +15,7 @@ use crate::bus::Bus;
 use crate::config::MachineConfig;
 use crate::cpuid::{self, Topology};
 use crate::devices::{self, IoLoops};
+use crate::doorbell::Doorbells;
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::fds::Slots;
@@ -57,7 +58,7 @@ impl Machine {
         let vm = Arc::new(Vm::new(kvm, memory, &ecam)?); // 3. a machine that has them
         stages.vm_ns = now();
 
-        let mut pci = PciBus::new(Arc::clone(vm.fd()), ecam);
+        let mut pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
         pci.add_bridge(HostBridge::new())?; // 4. devices
         let loops = devices::attach(&config.devices, slots, &vm, &mut pci)?;
         let (serial, serial_input) = serial(config, slots)?;

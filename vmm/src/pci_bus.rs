@@ -5,12 +5,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use mvm_devices::pci::host_bridge::HostBridge;
 use mvm_devices::pci::{Bar, ConfigChange, Doorbell, PciFunction};
-
 use mvm_devices::transport::VirtioPci;
 
+use crate::doorbell::Doorbells;
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -22,7 +21,7 @@ const DEVICE_STRIDE: u64 = 8 * layout::PAGE_SIZE;
 
 /// The bus and what is on it.
 pub(crate) struct PciBus {
-    vm: Arc<VmFd>,
+    doorbells: Arc<dyn Doorbells>,
     ecam: Ecam,
     slots: Vec<Mutex<Slot>>,
     decode: RwLock<Vec<Decoded>>,
@@ -61,8 +60,14 @@ struct Decoded {
 
 impl PciBus {
     /// An empty bus.
-    pub(crate) fn new(vm: Arc<VmFd>, ecam: Ecam) -> Self {
-        Self { vm, ecam, slots: Vec::new(), decode: RwLock::new(Vec::new()), window_next: layout::BAR_WINDOW }
+    pub(crate) fn new(doorbells: Arc<dyn Doorbells>, ecam: Ecam) -> Self {
+        Self {
+            doorbells,
+            ecam,
+            slots: Vec::new(),
+            decode: RwLock::new(Vec::new()),
+            window_next: layout::BAR_WINDOW,
+        }
     }
 
     /// Puts a host bridge into the next free slot: the first, where kernels look for it.
@@ -165,8 +170,7 @@ impl PciBus {
     /// Lets KVM signal a doorbell. If it cannot, writes reach the function by an exit instead.
     fn watch(&self, (address, index): (u64, usize), doorbells: &[Doorbell]) -> bool {
         let Some(doorbell) = doorbells.get(index) else { return false };
-        let at = IoEventAddress::Mmio(address);
-        match self.vm.register_ioevent(&doorbell.event, &at, NoDatamatch) {
+        match self.doorbells.watch(address, &doorbell.event) {
             Ok(()) => true,
             Err(error) => {
                 log::warn!("the doorbell at {address:#x} costs an exit: {error}");
@@ -177,8 +181,7 @@ impl PciBus {
 
     fn unwatch(&self, (address, index): (u64, usize), doorbells: &[Doorbell]) {
         let Some(doorbell) = doorbells.get(index) else { return };
-        let at = IoEventAddress::Mmio(address);
-        if let Err(error) = self.vm.unregister_ioevent(&doorbell.event, &at, NoDatamatch) {
+        if let Err(error) = self.doorbells.unwatch(address, &doorbell.event) {
             log::warn!("the doorbell at {address:#x} cannot be moved: {error}");
         }
     }
@@ -218,3 +221,6 @@ impl std::fmt::Debug for PciBus {
         f.debug_struct("PciBus").field("functions", &self.slots.len()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,8 @@ use crate::supervisor::{Supervisor, block_signals};
 const DESCRIPTORS: i32 = 255;
 
 /// Runs the machine that descriptor 3 describes. Returns the process's exit code.
+///
+/// The program's argument is the number of slots that follow the configuration.
 pub fn run() -> u8 {
     let mut stages = Stages { entered_ns: now(), ..Stages::default() };
     log::install(::log::LevelFilter::Warn);
@@ -66,6 +68,11 @@ fn run_machine(
 }
 
 fn read_config(slots: &mut Slots) -> Result<MachineConfig> {
+    if let Some(count) = std::env::args().nth(1).and_then(|count| count.parse().ok()) {
+        slots
+            .close_beyond(count)
+            .map_err(Error::system("close descriptors that were not meant to be passed"))?;
+    }
     let fd = slots.take_config().map_err(Error::ReadConfig)?;
     reserve_descriptors(&fd).map_err(Error::ReadConfig)?;
     let mut text = Vec::new();

@@ -231,3 +231,41 @@ fn requests_that_are_none_are_answered_and_too_long_ones_end_the_connection() {
     vm.control.call(&Request::Stop).unwrap();
     assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
 }
+
+#[test]
+fn a_machine_has_the_descriptors_it_was_given_and_no_environment() {
+    // One that a careless caller would leak: not close-on-exec.
+    let leak = File::open("/dev/zero").unwrap();
+    nix::fcntl::fcntl(&leak, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+    let Some(mut vm) = run(Program::Halt) else { return };
+    vm.wait_for_guest();
+    let process = Path::new("/proc").join(vm.child.pid.to_string());
+    let mut links: Vec<String> = std::fs::read_dir(process.join("fd"))
+        .unwrap()
+        .map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap().to_string_lossy().into_owned())
+        .map(|link| link.split(":[").next().unwrap().to_owned())
+        .collect();
+    links.sort();
+    let expected = [
+        "/dev/kvm",
+        "/dev/null",
+        "/dev/null",
+        "/dev/null",
+        "anon_inode",
+        "anon_inode",
+        "anon_inode",
+        "anon_inode",
+        "anon_inode",
+        "pipe",
+        "socket",
+        "socket",
+    ];
+    let kinds: Vec<&str> = links
+        .iter()
+        .map(|link| if link.starts_with("anon_inode") { "anon_inode" } else { link.as_str() })
+        .collect();
+    assert_eq!(kinds, expected, "machine, vCPU, event, epoll, signals; status; control and its client");
+    assert_eq!(std::fs::read(process.join("environ")).unwrap(), b"");
+    vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}

@@ -1,0 +1,179 @@
+//! Tests of the bus with a real virtio function, and a recorder for doorbells.
+use std::collections::BTreeSet;
+use std::io;
+
+use mvm_devices::io_loop::IoLoop;
+use mvm_devices::pci::{Msi, MsiSink};
+use mvm_devices::transport::Parts;
+use mvm_devices::virtio::{DeviceSpec, Spec};
+use proptest::prelude::*;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::config::MemSize;
+use crate::fds::Slots;
+use crate::memory;
+
+/// Command register: memory decoding on.
+const MEMORY: u16 = 2;
+const COMMAND: u64 = 4;
+const BAR0: u64 = 0x10;
+
+#[derive(Default)]
+struct Recorder(Mutex<BTreeSet<u64>>);
+
+impl Doorbells for Recorder {
+    fn watch(&self, address: u64, _: &EventFd) -> io::Result<()> {
+        let added = self.0.lock().unwrap().insert(address);
+        if added { Ok(()) } else { Err(io::ErrorKind::AlreadyExists.into()) }
+    }
+
+    fn unwatch(&self, address: u64, _: &EventFd) -> io::Result<()> {
+        let removed = self.0.lock().unwrap().remove(&address);
+        if removed { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+}
+
+struct Deaf;
+
+impl MsiSink for Deaf {
+    fn route(&self, _: u16, _: Option<Msi>) {}
+    fn signal(&self, _: u16) {}
+}
+
+/// A bus with a host bridge and two devices of one queue each.
+struct Fixture {
+    bus: PciBus,
+    doorbells: Arc<Recorder>,
+    _io_loop: IoLoop,
+}
+
+fn fixture() -> Fixture {
+    let doorbells = Arc::new(Recorder::default());
+    let sink: Arc<dyn Doorbells> = Arc::clone(&doorbells) as _;
+    let mut bus = PciBus::new(sink, Ecam::take_in_turn());
+    let io_loop = IoLoop::spawn("test").unwrap();
+    let memory = Arc::new(memory::create(MemSize::try_from(4).unwrap()).unwrap());
+    bus.add_bridge(HostBridge::new()).unwrap();
+    for _ in 0..2 {
+        let spec: DeviceSpec = serde_json::from_str(r#"{"type":"rng"}"#).unwrap();
+        let parts = Parts { memory: Arc::clone(&memory), io_loop: io_loop.handle(), sink: Arc::new(Deaf) };
+        bus.add_virtio(VirtioPci::new(spec.build(&mut Slots::default()).unwrap(), parts).unwrap()).unwrap();
+    }
+    Fixture { bus, doorbells, _io_loop: io_loop }
+}
+
+fn register(device: u64, offset: u64) -> u64 {
+    layout::ECAM + device * DEVICE_STRIDE + offset
+}
+
+impl Fixture {
+    fn shown(&self, device: u64, offset: u64) -> u32 {
+        self.bus.ecam.shown(register(device, offset) - layout::ECAM)
+    }
+
+    fn write(&self, device: u64, offset: u64, value: u32) {
+        assert!(self.bus.write(register(device, offset), &value.to_le_bytes()));
+    }
+
+    fn enable(&self, device: u64) {
+        assert!(self.bus.write(register(device, COMMAND), &MEMORY.to_le_bytes()));
+    }
+
+    fn watched(&self) -> Vec<u64> {
+        self.doorbells.0.lock().unwrap().iter().copied().collect()
+    }
+}
+
+#[test]
+fn functions_are_shown_and_absent_ones_read_all_ones() {
+    let fixture = fixture();
+    assert_eq!(fixture.shown(0, 0), 0x0008_1b36);
+    assert_eq!(fixture.shown(1, 0), 0x1044_1af4);
+    assert_eq!(fixture.shown(3, 0), u32::MAX);
+    assert_eq!(register(1, 0) + 4096, register(1, 4096));
+    assert_eq!(fixture.shown(1, 4096), u32::MAX, "function 1 of a device");
+}
+
+#[test]
+fn bars_are_placed_apart_in_the_window_and_answer_only_when_decoded() {
+    let fixture = fixture();
+    let bars = [fixture.shown(1, BAR0), fixture.shown(2, BAR0)].map(u64::from);
+    assert!(bars[0] >= layout::BAR_WINDOW && bars[0] != bars[1]);
+    let mut byte = [0x55];
+    assert!(!fixture.bus.read(bars[0], &mut byte));
+    assert_eq!(byte, [0x55]);
+    fixture.enable(1);
+    assert!(fixture.bus.read(bars[0], &mut byte));
+    assert!(!fixture.bus.read(bars[1], &mut byte));
+}
+
+#[test]
+fn a_bar_is_sized_moved_and_switched_off_with_its_doorbells() {
+    let fixture = fixture();
+    let first = u64::from(fixture.shown(1, BAR0));
+    fixture.enable(1);
+    let before = fixture.watched();
+    assert_eq!(before.len(), 1);
+
+    fixture.write(1, BAR0, u32::MAX);
+    let size = u64::from(!(fixture.shown(1, BAR0) & !0xf)) + 1;
+    assert!(size.is_power_of_two());
+
+    let moved = layout::BAR_WINDOW + 0x100_0000;
+    fixture.write(1, BAR0, u32::try_from(moved).unwrap());
+    assert_eq!(fixture.watched(), [moved + (before[0] - first)]);
+    assert!(!fixture.bus.read(first, &mut [0]));
+    assert!(fixture.bus.read(moved, &mut [0]));
+
+    fixture.write(1, COMMAND, 0);
+    assert!(fixture.watched().is_empty());
+    assert!(!fixture.bus.read(moved, &mut [0]));
+}
+
+#[test]
+fn two_bars_in_one_place_are_survived_and_told_apart_again() {
+    let fixture = fixture();
+    fixture.enable(1);
+    fixture.enable(2);
+    let (first, second) = (fixture.shown(1, BAR0), fixture.shown(2, BAR0));
+    fixture.write(2, BAR0, first);
+    assert_eq!(fixture.watched().len(), 1);
+    fixture.write(2, BAR0, second);
+    assert_eq!(fixture.watched().len(), 2);
+}
+
+#[test]
+fn a_full_bus_refuses_another_function() {
+    let mut fixture = fixture();
+    for _ in 3..MAX_DEVICES {
+        fixture.bus.add_bridge(HostBridge::new()).unwrap();
+    }
+    assert!(matches!(fixture.bus.add_bridge(HostBridge::new()), Err(Error::BusFull(32))));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn any_access_is_answered_inside_one_bar_or_not_at_all(
+        accesses in proptest::collection::vec((0usize..6, any::<u32>(), 1usize..=16, any::<bool>(), any::<u8>()), 1..60),
+    ) {
+        let fixture = fixture();
+        fixture.enable(1);
+        for (place, offset, length, write, value) in accesses {
+            let base = [
+                layout::BAR_WINDOW, register(1, 0), register(2, 0), u64::MAX - 8, layout::ECAM + layout::ECAM_SIZE - 4,
+                fixture.shown(1, BAR0).into(),
+            ][place];
+            let address = base.wrapping_add(u64::from(offset % 0x9000));
+            let mut data = vec![value; length];
+            if write {
+                fixture.bus.write(address, &data);
+            } else {
+                let answered = fixture.bus.read(address, &mut data);
+                prop_assert!(answered || data.iter().all(|byte| *byte == value));
+            }
+            prop_assert!(fixture.watched().len() <= 2);
+        }
+    }
+}

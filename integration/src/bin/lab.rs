@@ -44,7 +44,7 @@ struct Arguments {
     /// Add an argument to QEMU's command line; the last of a kind counts
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     qemu_arg: Vec<OsString>,
-    /// Say how long boot and command took
+    /// Say how often the run was repeated, how long boot and command took; always with --deterministic
     #[arg(long, short)]
     verbose: bool,
     /// The command
@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     let result = lab::run(&options, &arguments.command, &mut io::stdout(), &mut io::stderr());
     match result {
         Ok(outcome) => {
-            if arguments.verbose || outcome.reruns > 0 {
+            if arguments.verbose || arguments.deterministic {
                 say(&format!(
                     "reruns {}, boot {:.2} s, command {:.2} s",
                     outcome.reruns,

@@ -25,8 +25,8 @@ pub use initramfs::Image;
 pub const INSIDE: &str = "MVM_LAB";
 /// Set inside the lab when [`Options::out`] is given: the shared directory's path.
 pub const OUT: &str = "MVM_LAB_OUT";
-/// Hung deterministic runs are repeated this often before the lab gives up.
-const MAX_RERUNS: u32 = 3;
+/// A hung run is repeated this often before the lab gives up.
+pub const MAX_RERUNS: u32 = 3;
 
 /// How a command is run in the lab.
 #[derive(Debug, Clone)]
@@ -115,7 +115,7 @@ pub fn available() -> Result<(), Error> {
 
 /// Runs `argv` in the lab, its standard output and error streamed to `stdout` and `stderr`.
 ///
-/// A deterministic run may be repeated after a hang, so its output is held back until a try has finished.
+/// A deterministic run is repeated after a hang, so its output is held back until a try has finished.
 ///
 /// # Errors
 ///
@@ -127,37 +127,46 @@ pub fn run(
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> Result<Outcome, Error> {
-    let image = Image::prepare()?;
     if !options.deterministic {
-        return try_once(options, argv, &image, &mut session::Sinks { stdout, stderr });
+        return try_once(options, argv, &Image::prepare()?, &mut session::Sinks { stdout, stderr });
     }
-    let mut reruns = 0;
-    loop {
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let held = &mut session::Sinks { stdout: &mut out, stderr: &mut err };
-        match try_once(options, argv, &image, held) {
-            Err(hang @ Error::Hung { .. }) if reruns < MAX_RERUNS => {
-                reruns += 1;
-                writeln!(stderr, "lab: rerun {reruns}: {hang}").map_err(Error::Sink)?;
-            }
-            result => {
-                stdout.write_all(&out).map_err(Error::Sink)?;
-                stderr.write_all(&err).map_err(Error::Sink)?;
-                return result.map(|outcome| Outcome { reruns, ..outcome });
-            }
-        }
-    }
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let result = run_held(options, argv, &mut out, &mut err);
+    // What a failed try had said is of use too.
+    stdout.write_all(&out).map_err(Error::Sink)?;
+    stderr.write_all(&err).map_err(Error::Sink)?;
+    result
 }
 
-/// [`run`] with the output kept in memory.
+/// [`run`] with the output kept in memory; a hang is repeated in either mode, at most [`MAX_RERUNS`] times.
 ///
 /// # Errors
 ///
-/// As [`run`].
+/// As [`run`]; [`Error::Hung`] only when the last try hung too.
 pub fn run_captured(options: &Options, argv: &[OsString]) -> Result<Captured, Error> {
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let outcome = run(options, argv, &mut stdout, &mut stderr)?;
+    let outcome = run_held(options, argv, &mut stdout, &mut stderr)?;
     Ok(Captured { outcome, stdout, stderr })
+}
+
+/// Tries until one does not hang; `stdout` and `stderr` hold the last try's output.
+fn run_held(
+    options: &Options,
+    argv: &[OsString],
+    stdout: &mut Vec<u8>,
+    stderr: &mut Vec<u8>,
+) -> Result<Outcome, Error> {
+    let image = Image::prepare()?;
+    let mut reruns = 0;
+    loop {
+        stdout.clear();
+        stderr.clear();
+        let sinks = &mut session::Sinks { stdout: &mut *stdout, stderr: &mut *stderr };
+        match try_once(options, argv, &image, sinks) {
+            Err(Error::Hung { .. }) if reruns < MAX_RERUNS => reruns += 1,
+            result => return result.map(|outcome| Outcome { reruns, ..outcome }),
+        }
+    }
 }
 
 fn try_once(

@@ -14,29 +14,37 @@ const HARDLY: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Pulse {
     process: u32,
-    beat: Instant,
-    used: Duration,
+    /// Processor time at the last beat.
+    at_beat: Duration,
+    /// Since when QEMU has hardly run, and its processor time then.
+    quiet: (Instant, Duration),
 }
 
 impl Pulse {
     pub(super) fn new(process: u32) -> Self {
-        Self { process, beat: Instant::now(), used: Duration::ZERO }
+        Self { process, at_beat: Duration::ZERO, quiet: (Instant::now(), Duration::ZERO) }
     }
 
+    /// The host has beaten.
     pub(super) fn beat(&mut self) {
-        self.beat = Instant::now();
-        self.used = processor_time(self.process).unwrap_or_default();
+        let used = processor_time(self.process).unwrap_or_default();
+        self.at_beat = used;
+        self.quiet = (Instant::now(), used);
     }
 
-    /// The host has hung.
-    pub(super) fn stopped(&self) -> bool {
-        let Some(used) = processor_time(self.process) else { return false };
-        verdict(self.beat.elapsed(), used.saturating_sub(self.used))
+    /// The host has hung; to be asked every few seconds.
+    pub(super) fn stopped(&mut self) -> bool {
+        processor_time(self.process).is_some_and(|used| self.verdict(Instant::now(), used))
     }
-}
 
-fn verdict(silent: Duration, used: Duration) -> bool {
-    used >= BUSY || (silent >= IDLE && used < HARDLY)
+    fn verdict(&mut self, now: Instant, used: Duration) -> bool {
+        let (since, then) = self.quiet;
+        if used.saturating_sub(then) >= HARDLY {
+            self.quiet = (now, used);
+            return used.saturating_sub(self.at_beat) >= BUSY;
+        }
+        now.saturating_duration_since(since) >= IDLE
+    }
 }
 
 /// User and system time of all threads of `process`.
@@ -60,16 +68,30 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    #[test]
-    fn a_host_starved_by_load_has_not_hung() {
-        assert!(!verdict(s(200), s(20)));
+    /// Feels the pulse every two seconds while QEMU gets `share` ms of processor time a second; when it stopped.
+    fn stops_after(pulse: &mut Pulse, share: u64, seconds: u64) -> Option<u64> {
+        let (start, used) = pulse.quiet;
+        (0..seconds)
+            .step_by(2)
+            .find(|&at| pulse.verdict(start + s(at), used + Duration::from_millis(share * at)))
     }
 
     #[test]
-    fn a_host_that_spins_or_sleeps_without_a_beat_has_hung() {
-        assert!(verdict(s(26), s(26)));
-        assert!(verdict(s(46), s(1)));
-        assert!(!verdict(s(44), s(1)));
+    fn a_host_starved_by_load_has_not_hung() {
+        assert_eq!(stops_after(&mut Pulse::new(0), 60, 400), None);
+    }
+
+    #[test]
+    fn a_host_that_spins_without_a_beat_has_hung() {
+        assert_eq!(stops_after(&mut Pulse::new(0), 1000, 100), Some(26));
+        assert_eq!(stops_after(&mut Pulse::new(0), 2000, 100), Some(14));
+    }
+
+    #[test]
+    fn a_host_that_stops_after_a_busy_start_has_hung() {
+        let mut pulse = Pulse::new(0);
+        assert_eq!(stops_after(&mut pulse, 1000, 20), None);
+        assert_eq!(stops_after(&mut pulse, 0, 100), Some(46));
     }
 
     #[test]

@@ -1,6 +1,16 @@
 //! The figures: each a ratio in one run, or virtual time in the deterministic lab, with its raw rows.
 
+pub mod memory;
+pub mod native;
 pub mod report;
+pub mod stats;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 pub use report::{Figure, Report};
 
@@ -52,28 +62,45 @@ impl Wanted {
     }
 }
 
-/// The middle value; the mean of the two middle ones of an even number. NaN of nothing.
-pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[middle],
-        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+/// A program built with this one.
+///
+/// # Errors
+/// It is not there.
+pub fn beside(name: &str) -> io::Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name(name);
+    if path.is_file() { Ok(path) } else { Err(io::Error::other(format!("{} is not built", path.display()))) }
+}
+
+/// Ends the process if this still exists after a time: what is measured may hang.
+#[derive(Debug)]
+pub struct Bound(Arc<AtomicBool>);
+
+impl Bound {
+    /// Gives `what` this much time, then calls `before` and ends the process.
+    pub fn new(what: &'static str, time: Duration, before: fn()) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&over);
+        thread::spawn(move || {
+            thread::sleep(time);
+            if !seen.load(Ordering::Acquire) {
+                before();
+                let _ = writeln!(io::stderr(), "bench: {what} took longer than {time:?}");
+                std::process::exit(1);
+            }
+        });
+        Self(over)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_median_is_the_middle_of_any_number_of_values() {
-        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
-        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
-        assert!(median(&[]).is_nan());
-    }
 
     #[test]
     fn unknown_figures_are_refused_by_name() {

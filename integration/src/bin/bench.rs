@@ -1,0 +1,57 @@
+//! `bench`: measures every figure, prints the table, writes the rows.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use mvm_integration::bench::{Figure, Report, Wanted, native};
+
+/// Measure, print a table, and write everything to a file.
+#[derive(Debug, Parser)]
+#[command(name = "bench", version)]
+struct Arguments {
+    /// Only these figures, separated by commas
+    #[arg(long, value_name = "ID,…")]
+    only: Option<String>,
+    /// Where the rows go
+    #[arg(long, value_name = "FILE", default_value = "target/bench/results.json")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let wanted = match Wanted::parse(arguments.only.as_deref()) {
+        Ok(wanted) => wanted,
+        Err(text) => {
+            say(&text);
+            return ExitCode::from(2);
+        }
+    };
+    let mut report = Report::default();
+    let mut complete = true;
+    let mut part = |name: &str, figures: fn(&Wanted) -> io::Result<Vec<Figure>>| {
+        if wanted.any(name) {
+            say(&format!("measuring {name}*"));
+            match figures(&wanted) {
+                Ok(figures) => report.0.extend(figures),
+                Err(error) => {
+                    say(&format!("{name}*: {error}"));
+                    complete = false;
+                }
+            }
+        }
+    };
+    part("native.", native::figures);
+    let written = write!(io::stdout(), "{}", report.table()).and_then(|()| report.write(&arguments.out));
+    if let Err(error) = written {
+        say(&format!("cannot write {}: {error}", arguments.out.display()));
+        complete = false;
+    }
+    if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn say(text: &str) {
+    // There is nobody left to tell when standard error is gone.
+    let _ = writeln!(io::stderr(), "bench: {text}");
+}

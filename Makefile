@@ -53,10 +53,12 @@ check: setup
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 unit: setup
+	kernel-config/test.sh
 	$(CARGO) test --workspace --exclude mvm-integration
 
+# A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build
-	$(CARGO) test -p mvm-integration
+	debian=$$(kernel-config/fetch-debian-kernel.sh) && MVM_TEST_DEBIAN_KERNEL=$$debian/bzImage $(CARGO) test -p mvm-integration
 
 test: check unit e2e
 

@@ -57,7 +57,7 @@ pub(crate) fn run(options: Run) -> Result<u8, Failure> {
     if options.stats {
         report(&container, request.memory.bytes());
     }
-    container.machine.kill()?;
+    container.end()?;
     Ok(status.shell_code())
 }
 

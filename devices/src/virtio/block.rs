@@ -40,6 +40,10 @@ const MAX_DATA: u32 = SEG_MAX * SIZE_MAX;
 /// Bytes of the serial number a driver can ask for.
 const ID_BYTES: usize = abi::VIRTIO_BLK_ID_BYTES as usize;
 
+/// Who the device is.
+pub const KIND: Kind =
+    Kind { id: 2, name: "block", class: [0x01, 0x80, 0], guest_config: "CONFIG_VIRTIO_BLK" };
+
 /// A disk on a raw image: a regular file or a block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -276,7 +280,7 @@ impl<D: Disk> Block<D> {
 
 impl<D: Disk> VirtioDevice for Block<D> {
     fn kind(&self) -> Kind {
-        Kind { id: 2, name: "block", class: [0x01, 0x80, 0], guest_config: "CONFIG_VIRTIO_BLK" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

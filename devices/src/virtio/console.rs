@@ -43,6 +43,10 @@ const OUTPUT: u32 = 1;
 /// Bytes of input read at once: a page, and so the buffer Linux posts.
 const INPUT_CHUNK: u32 = 4096;
 
+/// Who the device is.
+pub const KIND: Kind =
+    Kind { id: 3, name: "console", class: [0x07, 0x80, 0], guest_config: "CONFIG_VIRTIO_CONSOLE" };
+
 /// A terminal.
 ///
 /// Both files are made non-blocking, which is a property of the open file: give the machine files of its
@@ -226,7 +230,7 @@ impl Console {
 
 impl VirtioDevice for Console {
     fn kind(&self) -> Kind {
-        Kind { id: 3, name: "console", class: [0x07, 0x80, 0], guest_config: "CONFIG_VIRTIO_CONSOLE" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

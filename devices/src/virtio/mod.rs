@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::VirtioDevice;
+use crate::device::{Kind, VirtioDevice};
 use crate::fd::FdSource;
 
 /// A device's configuration: plain data from which the device is built.
@@ -60,6 +60,9 @@ macro_rules! devices {
 
         /// The names devices go by in configurations.
         pub const NAMES: &[&str] = &[$(stringify!($module)),*];
+
+        /// Who the devices are, in the same order.
+        pub const KINDS: &[Kind] = &[$($module::KIND),*];
 
         /// The saved state of one device.
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -40,6 +40,9 @@ const MIN_MTU: u16 = 68;
 const STATUS: usize = 6;
 const LINK_UP: u8 = 1;
 
+/// Who the device is.
+pub const KIND: Kind = Kind { id: 1, name: "net", class: [0x02, 0, 0], guest_config: "CONFIG_VIRTIO_NET" };
+
 /// A network card on a tap the host made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -177,7 +180,7 @@ impl<T: Tap> Net<T> {
 
 impl<T: Tap> VirtioDevice for Net<T> {
     fn kind(&self) -> Kind {
-        Kind { id: 1, name: "net", class: [0x02, 0, 0], guest_config: "CONFIG_VIRTIO_NET" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

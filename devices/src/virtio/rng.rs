@@ -16,6 +16,10 @@ use crate::virtio::{BuildError, DeviceState, Spec};
 /// descriptors may overlap and claim gigabytes that are not there.
 const MAX_BYTES: u32 = 64 * 1024;
 
+/// Who the device is.
+pub const KIND: Kind =
+    Kind { id: 4, name: "rng", class: [0xff, 0, 0], guest_config: "CONFIG_HW_RANDOM_VIRTIO" };
+
 /// An entropy device; nothing to configure.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,7 +39,7 @@ struct Rng;
 
 impl VirtioDevice for Rng {
     fn kind(&self) -> Kind {
-        Kind { id: 4, name: "rng", class: [0xff, 0, 0], guest_config: "CONFIG_HW_RANDOM_VIRTIO" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

@@ -72,11 +72,15 @@ fn map_ram() -> io::Result<*mut u8> {
 fn load(ram: *mut u8) {
     let entries = [(TABLES, TABLES + 0x1003), (TABLES + 0x1000, TABLES + 0x2003), (TABLES + 0x2000, 0x83)];
     for (at, value) in entries {
-        // SAFETY: `at` is far below RAM and 8-byte aligned.
-        unsafe { ram.add(at as usize).cast::<u64>().write(value) };
+        // SAFETY: `at` is far below RAM.
+        let entry = unsafe { ram.add(at as usize) };
+        // SAFETY: RAM is page-aligned, `at` a multiple of 8, and nothing else refers to it.
+        unsafe { entry.cast::<u64>().write(value) };
     }
+    // SAFETY: CODE is far below RAM.
+    let code = unsafe { ram.add(CODE as usize) };
     // SAFETY: as above; the program is ten bytes.
-    unsafe { ram.add(CODE as usize).copy_from_nonoverlapping(PROGRAM.as_ptr(), PROGRAM.len()) };
+    unsafe { code.copy_from_nonoverlapping(PROGRAM.as_ptr(), PROGRAM.len()) };
 }
 
 fn vcpu(kvm: &Kvm, vm: &VmFd) -> io::Result<VcpuFd> {

@@ -58,7 +58,8 @@ fn stream() {
     assert!(to_guest.join().expect("no panic").is_empty());
 
     let listener = TcpListener::bind("10.77.2.1:7001").expect("an address");
-    let from_guest = thread::spawn(move || Sha256::digest(receive(listener.accept().expect("a connection").0)));
+    let from_guest =
+        thread::spawn(move || Sha256::digest(receive(listener.accept().expect("a connection").0)));
     vm.sh("nc 10.77.2.1 7001 < /tmp/got");
     assert_eq!(format!("{:x}", HexDigest(from_guest.join().expect("no panic").into())), hash);
 }

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mvm_protocol::{Configure, DiskFilesystem, Identity, Interface, Lower, Route, SetupRoot, Writable};
+use mvm_protocol::{
+    Configure, DiskFilesystem, Identity, Interface, Lower, Route, SetupRoot, ShutdownMode, Writable,
+};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
 use crate::agent::{AgentClient, Process, ProcessSpec};
@@ -30,6 +32,8 @@ const ROOT_SERIAL: &str = "root";
 const UPPER_SERIAL: &str = "upper";
 /// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
 const AGENT_TIME: Duration = Duration::from_secs(60);
+/// Time processes get between being asked to end and being killed.
+const GRACE: Duration = Duration::from_secs(10);
 /// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
 pub const CMDLINE: &str = "quiet loglevel=0 panic=-1 noreplace-smp random.trust_cpu=1 rdinit=/init";
 
@@ -71,6 +75,7 @@ pub struct Container {
     pub agent: Arc<AgentClient>,
     /// When each stage was reached.
     pub timeline: Timeline,
+    upper: Upper,
 }
 
 /// Where mvm keeps what outlives a machine: `MVM_STATE`, or `/var/lib/mvm`.
@@ -83,7 +88,11 @@ pub fn state_dir() -> PathBuf {
 /// # Errors
 /// It is no image, or the store cannot be used.
 pub fn root_file_system(image: &str, state: &Path, progress: &mut dyn Progress) -> Result<Rootfs, Failure> {
-    let source = Source::open(image).context(|| format!("cannot use {image} as an image"))?;
+    let source = Source::open(image).map_err(|error| {
+        let help = error.help();
+        let failure = Failure::because(format!("cannot use {image} as an image"), error);
+        if let Some(help) = help { failure.help(help) } else { failure }
+    })?;
     let store = Store::open(state.join("images"))
         .context(|| format!("cannot use {} for images", state.display()))
         .map_err(|failure| failure.help("run as root, or name another directory in MVM_STATE"))?;
@@ -108,11 +117,23 @@ impl Container {
         timeline.reach("agent says hello");
         agent.set_up_root(root(request)).context(|| "cannot set the container's root up".to_owned())?;
         timeline.reach("root is mounted");
-        if let Some(network) = network(request) {
-            agent.configure(network).context(|| "cannot configure the guest's network".to_owned())?;
-            timeline.reach("network is up");
+        agent.configure(place(request)).context(|| "cannot configure the guest".to_owned())?;
+        timeline.reach("guest is configured");
+        Ok(Self { machine, agent, timeline, upper: request.upper.clone() })
+    }
+
+    /// Ends the machine: at once if nothing of it is kept, else after the guest has written its disk back.
+    ///
+    /// # Errors
+    /// The guest does not end in order, or the machine's process cannot be waited for.
+    pub fn end(mut self) -> Result<(), Failure> {
+        if let Upper::Disk(_) = self.upper {
+            self.agent
+                .shut_down(ShutdownMode::PowerOff, GRACE)
+                .context(|| "cannot have the guest shut down".to_owned())?;
+            return self.machine.wait().map(drop);
         }
-        Ok(Self { machine, agent, timeline })
+        self.machine.kill()
     }
 
     /// Starts a process in the container.
@@ -174,21 +195,23 @@ fn root(request: &Request) -> SetupRoot {
     }
 }
 
-fn network(request: &Request) -> Option<Configure> {
-    let Net::Tap(TapNet { name, mac, address, gateway }) = &request.net else { return None };
-    let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id))).bytes();
-    let interface =
-        Interface { mac, name: "eth0".to_owned(), mtu: 0, addresses: address.iter().copied().collect() };
-    let routes = gateway.map(|gateway| Route {
-        destination: None,
-        gateway: Some(gateway),
-        interface: "eth0".to_owned(),
-        metric: 0,
-        on_link: true,
-    });
-    Some(Configure {
-        interfaces: vec![interface],
-        routes: routes.into_iter().collect(),
-        ..Default::default()
-    })
+/// The guest's place in its network: its name at least.
+fn place(request: &Request) -> Configure {
+    let own = format!("127.0.0.1\tlocalhost {id}\n::1\tlocalhost {id}\n", id = request.id);
+    let mut place =
+        Configure { hostname: Some(request.id.to_string()), hosts: Some(own), ..Default::default() };
+    if let Net::Tap(TapNet { name, mac, address, gateway }) = &request.net {
+        let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id))).bytes();
+        let interface = "eth0".to_owned();
+        place.routes.extend(gateway.map(|gateway| Route {
+            destination: None,
+            gateway: Some(gateway),
+            interface: interface.clone(),
+            metric: 0,
+            on_link: true,
+        }));
+        let addresses = address.iter().copied().collect();
+        place.interfaces.push(Interface { mac, name: interface, mtu: 0, addresses });
+    }
+    place
 }

@@ -57,6 +57,10 @@ const CONFIG_SIZE: usize = 16;
 /// Token of the statistics timer.
 const TIMER: u32 = 0;
 
+/// Who the device is.
+pub const KIND: Kind =
+    Kind { id: 5, name: "balloon", class: [0, 0xff, 0], guest_config: "CONFIG_VIRTIO_BALLOON" };
+
 /// A balloon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -236,7 +240,7 @@ impl Balloon {
 
 impl VirtioDevice for Balloon {
     fn kind(&self) -> Kind {
-        Kind { id: 5, name: "balloon", class: [0, 0xff, 0], guest_config: "CONFIG_VIRTIO_BALLOON" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

@@ -102,6 +102,10 @@ impl From<GuestCid> for u32 {
     }
 }
 
+/// Who the device is.
+pub const KIND: Kind =
+    Kind { id: 19, name: "vsock", class: [0x07, 0x80, 0], guest_config: "CONFIG_VIRTIO_VSOCKETS" };
+
 /// A vsock device and the files of its host side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -247,7 +251,7 @@ impl Vsock {
 
 impl VirtioDevice for Vsock {
     fn kind(&self) -> Kind {
-        Kind { id: 19, name: "vsock", class: [0x07, 0x80, 0], guest_config: "CONFIG_VIRTIO_VSOCKETS" }
+        KIND
     }
 
     fn queues(&self) -> &[u16] {

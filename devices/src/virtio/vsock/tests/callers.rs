@@ -29,6 +29,22 @@ fn hg_v35_a_caller_must_say_what_it_wants_in_32_bytes_and_one_second() {
 }
 
 #[test]
+fn a_caller_has_its_own_second_whoever_had_its_place_before() {
+    let mut vm = Vm::new();
+    let mut first = UnixStream::connect(&vm.socket).unwrap();
+    vm.settle();
+    first.write_all(b"CONNECT 1\n").unwrap();
+    vm.settle();
+    vm.pass(900);
+    let mut second = UnixStream::connect(&vm.socket).unwrap();
+    vm.settle();
+    vm.pass(500);
+    assert!(!readable(&second), "the first caller's time is not the second's");
+    vm.pass(600);
+    assert!(at_end(&mut second));
+}
+
+#[test]
 fn hg_v36_of_two_thousand_callers_32_wait_and_256_are_served() {
     let mut vm = Vm::new();
     let mut callers = std::collections::VecDeque::new();

@@ -99,7 +99,8 @@ fn a_connection_lives_and_ends_on_a_real_event_loop() {
     let key = key(1024, 7);
     guest.send(from_guest(key, Op::Request), b"");
     let dial = guest.server.recv().unwrap().unwrap();
-    let (mut host, far) = UnixStream::pair().unwrap();
+    let (host, far) = UnixStream::pair().unwrap();
+    let mut host = patient(host);
     guest.server.accept(dial.id, far.as_fd()).unwrap();
     drop(far);
     assert_eq!(guest.receive().0.op, Some(Op::Response));
@@ -125,7 +126,7 @@ fn a_connection_lives_and_ends_on_a_real_event_loop() {
 #[test]
 fn a_full_socket_and_a_call_work_on_a_real_event_loop() {
     let mut guest = Guest::start();
-    let mut host = UnixStream::connect(&guest.socket).unwrap();
+    let mut host = patient(UnixStream::connect(&guest.socket).unwrap());
     host.write_all(b"CONNECT 9\n").unwrap();
     let (request, _) = guest.receive();
     let key = request.key_of_guest();

@@ -213,7 +213,7 @@ impl Vm {
         let (near, far) = UnixStream::pair().unwrap();
         self.server.accept(dial.id, far.as_fd()).unwrap();
         self.expect(Op::Response, key);
-        near
+        patient(near)
     }
 
     /// The device's question to the parent.
@@ -229,7 +229,7 @@ impl Vm {
 
     /// A host process calls the guest's `port`; the guest accepts.
     pub(super) fn host_dials(&mut self, port: u32) -> (UnixStream, Key) {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut stream = patient(UnixStream::connect(&self.socket).unwrap());
         writeln!(stream, "CONNECT {port}").unwrap();
         let (request, _) = self.receive().unwrap();
         let key = request.key_of_guest();
@@ -282,6 +282,12 @@ pub(super) fn key(local: u32, peer: u32) -> Key {
 pub(super) fn readable(file: &impl AsFd) -> bool {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() == 1
+}
+
+/// A host process's stream whose reads fail rather than wait for ever.
+pub(super) fn patient(stream: UnixStream) -> UnixStream {
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
 }
 
 /// The stream has ended, with nothing left to read.

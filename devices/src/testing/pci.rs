@@ -250,13 +250,15 @@ impl PciDriver {
         self.status() & 8 != 0
     }
 
-    /// Programs and enables queue `index` with its largest size, events on vector `index + 1`.
+    /// Programs and enables queue `index` with its largest size, events on vector `index + 1`, or on the
+    /// last there is.
     pub fn set_up_queue(&mut self, index: u16, event_idx: bool) -> Driver {
         self.set16(0x16, index);
         let size = self.get16(0x18);
         let driver = Driver::new(index, size, Arc::clone(&self.memory), event_idx);
         let registers = driver.registers();
-        self.set16(0x1a, index + 1);
+        let last = self.msix_control() & 0x7ff;
+        self.set16(0x1a, (index + 1).min(last));
         for (at, address) in
             [(0x20, registers.descriptors), (0x28, registers.available), (0x30, registers.used)]
         {

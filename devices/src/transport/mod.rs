@@ -122,7 +122,8 @@ impl VirtioPci {
         let queues = device.queues();
         check_shape(kind, queues)?;
         let count = u16::try_from(queues.len()).unwrap_or(u16::MAX);
-        let msix = Msix::new(count.saturating_add(1), parts.sink);
+        let for_queues = if device.shares_vector() { count.min(1) } else { count };
+        let msix = Msix::new(for_queues.saturating_add(1), parts.sink);
         let events = Arc::new(Events::new(queues.len(), Arc::clone(msix.vectors())));
         let config = device.config();
         let function = layout::function(&layout::Contents {

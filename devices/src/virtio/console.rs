@@ -249,6 +249,10 @@ impl VirtioDevice for Console {
         self.output.counters()
     }
 
+    fn shares_vector(&self) -> bool {
+        true
+    }
+
     fn start(&mut self, _features: u64, io: &mut Io<'_>) -> Result<(), Error> {
         // After a pause nothing is watched any more.
         self.stop();

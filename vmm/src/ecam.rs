@@ -66,14 +66,16 @@ impl Ecam {
         }
     }
 
-    /// Four bytes as the guest reads them.
-    #[cfg(test)]
-    pub(crate) fn shown(&self, offset: u64) -> u32 {
-        let byte = |index| {
-            let offset = usize::try_from(offset).unwrap() + index;
-            Self::byte(offset).unwrap().load(Ordering::Relaxed)
-        };
-        u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
+    /// Reads what the guest reads. Tells whether all of it is inside.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+        let Ok(offset) = usize::try_from(offset) else { return false };
+        (offset..).zip(data).all(|(offset, value)| match Self::byte(offset) {
+            Some(byte) => {
+                *value = byte.load(Ordering::Relaxed);
+                true
+            }
+            None => false,
+        })
     }
 
     fn byte(offset: usize) -> Option<&'static AtomicU8> {

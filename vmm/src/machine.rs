@@ -31,6 +31,7 @@ use crate::vcpu::{self, Running, Vcpu};
 #[derive(Debug)]
 pub(crate) struct Machine {
     vcpus: Vec<Vcpu>,
+    vm: Arc<Vm>,
     /// What its CPUs see.
     pub bus: Arc<Bus>,
     /// Holds and ends them.
@@ -55,7 +56,7 @@ impl Machine {
 
         let ecam = Ecam::take()?;
         let kvm = slots.take_for(config.kvm, "/dev/kvm")?;
-        let vm = Arc::new(Vm::new(kvm, memory, &ecam)?); // 3. a machine that has them
+        let vm = Arc::new(Vm::new(kvm, memory)?); // 3. a machine that has them
         stages.vm_ns = now();
 
         let mut pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
@@ -77,13 +78,18 @@ impl Machine {
             })
             .collect();
         stages.vcpus_ns = now();
-        Ok(Self { vcpus, bus, gate, serial_input, _loops: loops })
+        Ok(Self { vcpus, vm, bus, gate, serial_input, _loops: loops })
     }
 
     /// Starts the virtual CPUs. The first one comes last, so that the others are there when it looks for them.
     pub(crate) fn start(&mut self) -> Result<Vec<Running>> {
         vcpu::install_kick_handler()?;
         self.vcpus.drain(..).rev().map(Vcpu::start).collect()
+    }
+
+    /// What can wait until the guest runs.
+    pub(crate) fn complete(&self) -> Result<()> {
+        self.vm.add_config_space(self.bus.pci.ecam())
     }
 }
 

@@ -70,6 +70,11 @@ impl PciBus {
         }
     }
 
+    /// The configuration space it shows.
+    pub(crate) fn ecam(&self) -> &Ecam {
+        &self.ecam
+    }
+
     /// Puts a host bridge into the next free slot: the first, where kernels look for it.
     pub(crate) fn add_bridge(&mut self, bridge: HostBridge) -> Result<()> {
         self.add(Function::Bridge(bridge))
@@ -109,20 +114,23 @@ impl PciBus {
     /// Reads `data` at guest address `address`; bytes nobody answers for stay as they are.
     /// Tells whether a function answered.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        if let Some(offset) = config_offset(address) {
+            return self.ecam.read(offset, data);
+        }
         let Some((decoded, offset)) = self.find(address, data.len()) else { return false };
         self.with_slot(decoded.device, |slot| slot.function.get().read_bar(decoded.bar.index, offset, data))
     }
 
     /// Writes `data` at guest address `address`. Tells whether a function answered.
     pub(crate) fn write(&self, address: u64, data: &[u8]) -> bool {
-        if let Some(offset) = address.checked_sub(layout::ECAM).filter(|&offset| offset < layout::ECAM_SIZE) {
+        if let Some(offset) = config_offset(address) {
             return self.write_config(offset, data);
         }
         let Some((decoded, offset)) = self.find(address, data.len()) else { return false };
         self.with_slot(decoded.device, |slot| slot.function.get().write_bar(decoded.bar.index, offset, data))
     }
 
-    /// A write of configuration space: reads never get here, KVM serves them from the ECAM pages.
+    /// A write of configuration space.
     fn write_config(&self, offset: u64, data: &[u8]) -> bool {
         let (device, register) = (offset / DEVICE_STRIDE, offset % DEVICE_STRIDE);
         let (Ok(device), Ok(register)) = (usize::try_from(device), usize::try_from(register)) else {
@@ -214,6 +222,11 @@ impl PciBus {
         self.window_next = end;
         Some(address)
     }
+}
+
+/// Offset of `address` in configuration space.
+fn config_offset(address: u64) -> Option<u64> {
+    address.checked_sub(layout::ECAM).filter(|&offset| offset < layout::ECAM_SIZE)
 }
 
 impl std::fmt::Debug for PciBus {

@@ -62,6 +62,7 @@ fn run_machine(
     let mut machine = Machine::build(config, slots, status, &mut stages)?;
     let vcpus = machine.start()?;
     status.send(&Event::Started { stages });
+    machine.complete()?;
     // Never dropped: the process ends next, and taking its threads down in order would only take time.
     let mut supervisor = ManuallyDrop::new(Supervisor::new(config, machine, vcpus, &signals, control)?);
     Ok(supervisor.run())

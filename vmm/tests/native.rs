@@ -239,6 +239,7 @@ fn a_machine_has_the_descriptors_it_was_given_and_no_environment() {
     nix::fcntl::fcntl(&leak, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
     let Some(mut vm) = run(Program::Halt) else { return };
     vm.wait_for_guest();
+    assert_eq!(vm.state(), MachineState::Running, "by now it has opened all it will");
     let process = Path::new("/proc").join(vm.child.pid.to_string());
     let mut links: Vec<String> = std::fs::read_dir(process.join("fd"))
         .unwrap()

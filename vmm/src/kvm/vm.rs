@@ -1,7 +1,7 @@
 //! One machine in KVM: memory first, then local APICs, then CPUs. There is no PIC, IOAPIC or PIT.
 //!
-//! The order matters: on recent hosts a memory slot set after an interrupt controller waits 5 to 8 ms for a
-//! grace period.
+//! The order matters: on recent hosts a memory slot may wait a clock tick or two for a grace period, a first one set
+//! before anything else least likely. So RAM comes first, and what can wait comes when the guest runs.
 #![allow(unsafe_code)] // handing memory to KVM, and an inherited descriptor to kvm-ioctls
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -45,8 +45,8 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// Makes a machine that has `memory` and, read-only, the PCI configuration space.
-    pub(crate) fn new(kvm: OwnedFd, memory: Memory, ecam: &Ecam) -> Result<Self> {
+    /// Makes a machine that has `memory`.
+    pub(crate) fn new(kvm: OwnedFd, memory: Memory) -> Result<Self> {
         // SAFETY: `into_raw_fd` gives up ownership of an open descriptor, which `Kvm` takes. If it is not
         // /dev/kvm the version check below fails.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -60,7 +60,7 @@ impl Vm {
         }
         let fd = Arc::new(kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?);
         let vm = Self { kvm, fd, memory: Arc::new(memory) };
-        vm.add_memory(ecam)?;
+        vm.add_memory()?;
         vm.add_local_apics()?;
         Ok(vm)
     }
@@ -92,7 +92,7 @@ impl Vm {
         self.fd.create_vcpu(id.into()).map_err(Error::kvm("create a virtual CPU"))
     }
 
-    fn add_memory(&self, ecam: &Ecam) -> Result<()> {
+    fn add_memory(&self) -> Result<()> {
         let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
         self.fd.set_tss_address(tss).map_err(Error::kvm("place the TSS"))?;
         let regions = self.memory.iter().map(|region| kvm_userspace_memory_region {
@@ -101,17 +101,25 @@ impl Vm {
             userspace_addr: region.as_ptr() as u64,
             ..Default::default()
         });
-        let config_space = kvm_userspace_memory_region {
+        for (slot, region) in (0..).zip(regions) {
+            self.set_slot(kvm_userspace_memory_region { slot, ..region })?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest read PCI configuration space without exits.
+    ///
+    /// To be called when the guest runs: until then its reads exit and are answered by the bus, and the grace
+    /// period that a further slot may wait for delays nobody.
+    pub(crate) fn add_config_space(&self, ecam: &Ecam) -> Result<()> {
+        let slot = u32::try_from(self.memory.num_regions()).unwrap_or(u32::MAX);
+        self.set_slot(kvm_userspace_memory_region {
+            slot,
             flags: KVM_MEM_READONLY,
             guest_phys_addr: layout::ECAM,
             memory_size: layout::ECAM_SIZE,
             userspace_addr: ecam.host_address(),
-            ..Default::default()
-        };
-        for (slot, region) in (0..).zip(regions.chain([config_space])) {
-            self.set_slot(kvm_userspace_memory_region { slot, ..region })?;
-        }
-        Ok(())
+        })
     }
 
     fn set_slot(&self, region: kvm_userspace_memory_region) -> Result<()> {

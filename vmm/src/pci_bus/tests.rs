@@ -69,7 +69,9 @@ fn register(device: u64, offset: u64) -> u64 {
 
 impl Fixture {
     fn shown(&self, device: u64, offset: u64) -> u32 {
-        self.bus.ecam.shown(register(device, offset) - layout::ECAM)
+        let mut value = [0; 4];
+        assert!(self.bus.read(register(device, offset), &mut value));
+        u32::from_le_bytes(value)
     }
 
     fn write(&self, device: u64, offset: u64, value: u32) {
@@ -171,7 +173,8 @@ proptest! {
                 fixture.bus.write(address, &data);
             } else {
                 let answered = fixture.bus.read(address, &mut data);
-                prop_assert!(answered || data.iter().all(|byte| *byte == value));
+                let inside = (layout::ECAM..layout::ECAM + layout::ECAM_SIZE).contains(&address);
+                prop_assert!(answered || inside || data.iter().all(|byte| *byte == value));
             }
             prop_assert!(fixture.watched().len() <= 2);
         }

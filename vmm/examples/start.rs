@@ -19,6 +19,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const STAGES: [&str; 9] =
     ["spawned", "main", "config", "loaded", "vm", "devices", "vcpus", "run", "first instruction"];
 
+/// Host memory: all that is available, then the parts of what the kernel keeps for machines and their processes.
+const COUNTS: [&str; 6] =
+    ["MemAvailable", "SUnreclaim", "VmallocUsed", "KernelStack", "PageTables", "Percpu"];
+
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).map(|argument| argument.parse::<usize>());
     let rounds = arguments.next().unwrap_or(Ok(100))?;
@@ -38,10 +42,17 @@ fn main() -> Result<()> {
         println!("{name:18} {:8.3} ms  p90 {:8.3} ms", ms(percentile(50)), ms(percentile(90)));
     }
     if machines > 0 {
-        let before = available()?;
+        let before = COUNTS.map(meminfo);
         let children = (0..machines).map(|_| start(kernel.path())).collect::<Result<Vec<_>>>()?;
-        let used = before.saturating_sub(available()?);
-        println!("{machines} idle machines: {} kB each", used / machines);
+        let after = COUNTS.map(meminfo);
+        let mut own = 0;
+        for (child, _) in &children {
+            own += own_memory(child.pid.as_raw())?;
+        }
+        println!("{machines} idle machines, kB each: {} in the process", own / machines);
+        for ((name, before), after) in COUNTS.iter().zip(before).zip(after) {
+            println!("  {name:14} {:6}", (after? - before?) / machines as i64);
+        }
         children.into_iter().try_for_each(|(child, _)| stop(child))?;
     }
     Ok(())
@@ -100,11 +111,20 @@ fn stop(child: Child) -> Result<()> {
     Ok(())
 }
 
-/// MemAvailable in kB.
-fn available() -> Result<usize> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).ok_or("no MemAvailable")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+/// A field of /proc/meminfo in kB.
+fn meminfo(name: &str) -> Result<i64> {
+    field(&fs::read_to_string("/proc/meminfo")?, name)
+}
+
+/// Anonymous memory and page tables of a process in kB.
+fn own_memory(pid: i32) -> Result<usize> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    Ok(usize::try_from(field(&status, "RssAnon")? + field(&status, "VmPTE")?)?)
+}
+
+fn field(text: &str, name: &str) -> Result<i64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    Ok(line.ok_or_else(|| format!("no {name}"))?.trim().trim_end_matches(" kB").parse()?)
 }
 
 fn ms(ns: u64) -> f64 {

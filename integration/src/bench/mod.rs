@@ -1,5 +1,8 @@
 //! The figures: each a ratio in one run, or virtual time in the deterministic lab, with its raw rows.
 
+pub mod emulated;
+pub mod exchange;
+pub mod inside;
 pub mod memory;
 pub mod native;
 pub mod report;
@@ -54,6 +57,11 @@ impl Wanted {
     /// Whether the figure `id` is wanted.
     pub fn has(&self, id: &str) -> bool {
         self.0.as_ref().is_none_or(|names| names.iter().any(|name| name == id))
+    }
+
+    /// The wanted figures, separated by commas.
+    pub fn list(&self) -> String {
+        IDS.iter().filter(|id| self.has(id)).copied().collect::<Vec<_>>().join(",")
     }
 
     /// Whether any figure whose name begins with `prefix` is wanted.

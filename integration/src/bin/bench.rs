@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mvm_integration::bench::{Figure, Report, Wanted, native};
+use mvm_integration::bench::{Figure, Report, Wanted, emulated, inside, native};
 
 /// Measure, print a table, and write everything to a file.
 #[derive(Debug, Parser)]
@@ -17,6 +17,9 @@ struct Arguments {
     /// Where the rows go
     #[arg(long, value_name = "FILE", default_value = "target/bench/results.json")]
     out: PathBuf,
+    /// Measure what belongs into the emulated host, which this is, and print JSON
+    #[arg(long, hide = true)]
+    inside: bool,
 }
 
 fn main() -> ExitCode {
@@ -28,6 +31,15 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if arguments.inside {
+        return match inside::run(&wanted, &mut io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                say(&error.to_string());
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut report = Report::default();
     let mut complete = true;
     let mut part = |name: &str, figures: fn(&Wanted) -> io::Result<Vec<Figure>>| {
@@ -43,6 +55,7 @@ fn main() -> ExitCode {
         }
     };
     part("native.", native::figures);
+    part("lab.", emulated::figures);
     let written = write!(io::stdout(), "{}", report.table()).and_then(|()| report.write(&arguments.out));
     if let Err(error) = written {
         say(&format!("cannot write {}: {error}", arguments.out.display()));

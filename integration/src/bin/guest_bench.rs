@@ -13,14 +13,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
+use mvm_integration::bench::exchange::{MESSAGE, ROUND_TRIPS, STREAM};
 use nix::mount::{MsFlags, mount};
-
-/// Round trips of one message.
-const ROUND_TRIPS: usize = 500;
-/// Bytes of a round trip's message.
-const MESSAGE: usize = 64;
-/// Bytes of a stream.
-const STREAM: usize = 16 << 20;
 
 fn main() {
     let result = run();

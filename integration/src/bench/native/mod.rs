@@ -38,6 +38,17 @@ pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     Ok(figures)
 }
 
+/// From spawning the floor program to its guest's first instruction, in milliseconds.
+///
+/// # Errors
+/// As [`figures`].
+pub fn floor_start_ms() -> io::Result<f64> {
+    let setup = Setup::new()?;
+    Subject::Floor.start(&setup)?.end()?;
+    let running = Subject::Floor.start(&setup)?;
+    Ok(ms(running.own_ns.unwrap_or(0)))
+}
+
 /// Starts and ends machines of ours and of a peer's, interleaved, so that both meet the same load.
 fn interleave(
     setup: &Setup,

@@ -20,7 +20,6 @@ DIST := target/dist
 PREFIX ?= /usr/local
 CARGO := cargo
 RUST_FILES = $(shell git ls-files '*.rs')
-export MVM_PREFIX := $(CURDIR)/$(DIST)
 
 help:
 	@sed -n 's/^#   //p' Makefile

@@ -164,17 +164,19 @@ impl Iterator for Events {
     }
 }
 
-/// Looks for `mvm-vmm`: the variable [`PROGRAM_VARIABLE`], beside this program, in libexec, in `PATH`.
+/// Looks for `mvm-vmm`: the variable [`PROGRAM_VARIABLE`], below the prefix that `MVM_PREFIX` names, beside
+/// this program, in libexec, in `PATH`.
 pub fn find_program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(PROGRAM_VARIABLE) {
         return Ok(path.into());
     }
+    let prefix = std::env::var_os("MVM_PREFIX").map(|prefix| PathBuf::from(prefix).join("bin"));
     let own = std::env::current_exe().ok();
     let beside = own.as_deref().and_then(Path::parent).map(Path::to_path_buf);
     // Tests and examples lie one directory below the programs they are built with.
     let above = beside.as_deref().and_then(Path::parent).map(Path::to_path_buf);
     let path = std::env::var_os("PATH").unwrap_or_default();
-    [beside, above]
+    [prefix, beside, above]
         .into_iter()
         .flatten()
         .chain(LIBEXEC.map(PathBuf::from))

@@ -11,7 +11,7 @@ mod network;
 mod vsock;
 
 use std::ffi::OsString;
-use std::io::{stderr, stdout};
+use std::io::{Write, stderr, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -29,20 +29,13 @@ fn main() -> ExitCode {
     match in_the_lab() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("e2e: {error}");
+            say(&error.to_string());
             ExitCode::FAILURE
         }
     }
 }
 
 fn run() -> ExitCode {
-    // Machines that tests start themselves come from the same place as those of the command line.
-    // SAFETY: no other thread exists yet.
-    #[allow(unsafe_code)]
-    unsafe {
-        std::env::set_var("MVM_PREFIX", programs());
-        std::env::set_var("MVM_VMM", programs().join("bin/mvm-vmm"));
-    }
     let mut arguments = Arguments::from_args();
     // Emulated machines side by side only slow each other down.
     arguments.test_threads.get_or_insert(2);
@@ -65,15 +58,19 @@ fn in_the_lab() -> Result<u8, Box<dyn std::error::Error>> {
     env.extend(extra_files().into_iter().map(|(name, path)| (name.into(), path.into())));
     let options = lab::Options { timeout: LAB_TIME, memory_mib: 6144, copy, env, ..Default::default() };
     let arguments = std::iter::once(myself.into_os_string()).chain(std::env::args_os().skip(1));
-    eprintln!("e2e: {}: running in the lab", lab::host_runs_linux().reason());
+    say(&format!("{}: running in the lab", lab::host_runs_linux().reason()));
     let argv: Vec<_> = arguments.collect();
     Ok(lab::run(&options, &argv, &mut stdout(), &mut stderr())?.status)
 }
 
-/// Where the programs under test are laid out as installed: `MVM_PREFIX`, or as `make build` leaves them.
+/// Where the programs under test are laid out as installed. Machines that tests start themselves come from
+/// there as well: every part of mvm looks below `MVM_PREFIX` first.
 pub(crate) fn programs() -> PathBuf {
-    std::env::var_os("MVM_PREFIX")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/dist")), PathBuf::from)
+    std::env::var_os("MVM_PREFIX").map(PathBuf::from).expect("MVM_PREFIX names the programs: use `make e2e`")
+}
+
+fn say(text: &str) {
+    let _ = writeln!(stderr(), "e2e: {text}");
 }
 
 /// Files some tests need besides, by the variable that names them.

@@ -106,7 +106,7 @@ pub enum Protocol {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Image {
-    /// Mapped copy-on-write: what no guest has changed is in memory once for all of them.
+    /// Code and constants are mapped copy-on-write: what no guest has changed is in memory once for all of them.
     #[default]
     Map,
     /// Read into the guest's own memory: costs each guest the whole image, and boots sooner where the host

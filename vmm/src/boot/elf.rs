@@ -12,6 +12,8 @@ use crate::layout;
 
 /// Most program headers; a kernel has about five.
 const MAX_PROGRAM_HEADERS: u16 = 32;
+/// Segment flag: writable.
+const PF_W: u32 = 2;
 /// Most bytes of notes looked through for the PVH entry.
 const MAX_NOTE_BYTES: u64 = 4096;
 /// Note type of the PVH entry, in notes named "Xen".
@@ -28,10 +30,11 @@ pub(super) fn load(memory: &Memory, file: &File, bytes: u64, room: Room) -> Resu
     }
     for segment in &loads {
         let from = Span { start: segment.p_offset, length: segment.p_filesz };
-        match room.image {
-            Image::Map => map_whole_pages(memory, file, from, segment.p_paddr, "kernel")?,
-            Image::Copy => copy(memory, file, from, segment.p_paddr, "kernel")?,
-        }
+        // Nearly every page of a writable segment is written while the kernel boots: mapped, each would cost two
+        // faults and a copy, and be shared with nobody.
+        let read = room.image == Image::Copy || segment.p_flags & PF_W != 0;
+        let load = if read { copy } else { map_whole_pages };
+        load(memory, file, from, segment.p_paddr, "kernel")?;
     }
     let pvh_entry = find_pvh_entry(file, &segments)?;
     Ok(Loaded { entry: header.e_entry, pvh_entry, end, header: None })

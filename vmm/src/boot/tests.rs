@@ -19,7 +19,7 @@ fn elf(address: u64, content: &[u8], memory_size: u64) -> File {
         image.extend(word.to_le_bytes()); // entry, program headers, section headers
     }
     image.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    image.extend([1, 0, 0, 0, 7, 0, 0, 0]); // PT_LOAD, all access
+    image.extend([1, 0, 0, 0, 5, 0, 0, 0]); // PT_LOAD, readable and executable
     for word in [4096, address, address, content.len() as u64, memory_size, 4096] {
         image.extend(word.to_le_bytes());
     }

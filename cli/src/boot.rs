@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::machine::{Console, ConsoleKind, Machine, Plan, prepare};
 use mvm_vmm::exit::Exit;
+use mvm_vmm::kvm::probe::PVM;
 use nix::sys::signal::Signal;
 
 use crate::args::Boot;
@@ -25,6 +26,10 @@ pub(crate) fn boot(options: Boot) -> Result<u8, Failure> {
             .context(|| "cannot print the configuration".to_owned())?;
         writeln!(stdout().lock(), "{text}").context(|| "cannot print the configuration".to_owned())?;
         return Ok(0);
+    }
+    if mvm_vmm::kvm::probe::is_pvm() {
+        // Not an error: kernels made for it, and flat guests, do run.
+        say(&format!("mvm: warning: {PVM}"));
     }
     // Before any thread starts, so that all of them leave these to the one that waits for them.
     let signals = block_signals(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])

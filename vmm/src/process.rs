@@ -38,7 +38,8 @@ pub fn run() -> u8 {
     match run_machine(&config, &mut slots, &status, stages) {
         Ok(exit) => {
             let code = exit.code();
-            if let Exit::InternalError { detail } = &exit {
+            // Whoever reads the status stream tells the user.
+            if let (Exit::InternalError { detail }, false) = (&exit, status.has_sink()) {
                 complain(&format!(
                     "mvm-vmm: machine {:?} cannot go on\n  because: {detail}\n",
                     config.id.as_str()
@@ -103,7 +104,9 @@ fn fail(error: &Error, status: &Stream) -> u8 {
     if let Some(help) = &help {
         text.push_str(&format!("  help:    {help}\n"));
     }
-    complain(&text);
+    if !status.has_sink() {
+        complain(&text);
+    }
     status.send(&Event::Error { message, because, help });
     Exit::FAILED_TO_START
 }

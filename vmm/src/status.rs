@@ -94,6 +94,11 @@ impl Stream {
         Self { sink: sink.map(Mutex::new) }
     }
 
+    /// Whether there is a sink: whoever holds its other end tells the user.
+    pub fn has_sink(&self) -> bool {
+        self.sink.is_some()
+    }
+
     /// Sends one event.
     pub fn send(&self, event: &Event) {
         let Some(sink) = &self.sink else { return };

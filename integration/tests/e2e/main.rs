@@ -52,7 +52,7 @@ fn run() -> ExitCode {
 /// Runs this very program in the lab, with the programs under test copied to its memory.
 fn in_the_lab() -> Result<u8, Box<dyn std::error::Error>> {
     let myself = std::env::current_exe()?;
-    let mut copy = vec![myself.clone(), programs()];
+    let mut copy = vec![myself.clone(), programs(), env!("CARGO_BIN_EXE_guest_tool").into()];
     copy.extend(extra_files().into_iter().map(|(_, path)| path));
     let mut env: Vec<(OsString, OsString)> = vec![("MVM_PREFIX".into(), programs().into())];
     env.extend(extra_files().into_iter().map(|(name, path)| (name.into(), path.into())));

@@ -16,6 +16,7 @@ use mvm_protocol::{
     Configure, DiskFilesystem, Identity, Interface, Lower, Route, SetupRoot, ShutdownMode, Writable,
 };
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
+use mvm_vmm::kvm::probe::PVM;
 
 use crate::agent::{AgentClient, Process, ProcessSpec};
 use crate::failure::{Context, Failure};
@@ -105,6 +106,11 @@ impl Container {
     /// # Errors
     /// Whatever of it fails first; nothing is left behind then.
     pub fn boot(request: &Request, image: &Rootfs, state: &Path) -> Result<Self, Failure> {
+        if mvm_vmm::kvm::probe::is_pvm() {
+            // It would take half a minute of interpretation to find out.
+            return Err(Failure::because(format!("cannot boot machine {}", request.id), Failure::new(PVM))
+                .help("make lab CMD='mvm run …'"));
+        }
         let guest = GuestFiles::find()?;
         let initrd = guest.initrd(&state.join("guest"))?;
         let plan = plan(request, image, guest, initrd);

@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::vm::REQUIRED;
 use crate::config::VcpuCount;
 
+/// What a user of such a host is told.
+pub const PVM: &str = "this host's KVM is PVM, without hardware virtualisation: an unmodified Linux kernel ends in \
+     KVM_EXIT_INTERNAL_ERROR (emulation); use a host with VT-x or AMD-V, or the lab (`make lab`)";
+
 /// What executes guest instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -59,11 +63,7 @@ impl Probe {
         }
         match self.backend {
             Backend::Vmx | Backend::Svm => None,
-            Backend::Pvm => Some(
-                "this host's KVM is PVM, without hardware virtualisation: an unmodified Linux kernel ends in \
-                 KVM_EXIT_INTERNAL_ERROR (emulation); use a host with VT-x or AMD-V, or the lab (`make lab`)"
-                    .to_owned(),
-            ),
+            Backend::Pvm => Some(PVM.to_owned()),
             Backend::Unknown => Some("this host's CPU shows neither VT-x nor AMD-V".to_owned()),
         }
     }
@@ -82,8 +82,14 @@ pub fn probe() -> io::Result<Probe> {
     Ok(Probe { backend: backend(), missing, max_vcpus, tsc_deadline })
 }
 
+/// Whether KVM's back end is PVM, on which only guests made for it and flat ring-0 guests run. One look at
+/// sysfs: cheap enough for every start.
+pub fn is_pvm() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
+}
+
 fn backend() -> Backend {
-    if Path::new("/sys/module/kvm_pvm").exists() {
+    if is_pvm() {
         return Backend::Pvm;
     }
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -1,0 +1,73 @@
+//! What the command line says, word for word. `MVM_BLESS=1 cargo test -p mvm-cli` rewrites the texts.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn mvm(arguments: &[&str]) -> Output {
+    // The width of help depends on the terminal, if there is one.
+    Command::new(env!("CARGO_BIN_EXE_mvm"))
+        .args(arguments)
+        .env("COLUMNS", "100")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Compares what `mvm arguments` prints and returns with the file `golden/NAME.txt`.
+fn golden(name: &str, arguments: &[&str]) {
+    let output = mvm(arguments);
+    let text = format!(
+        "$ mvm {}\n{}{}[{}]\n",
+        arguments.join(" "),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+        output.status.code().unwrap()
+    );
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.txt"));
+    if std::env::var_os("MVM_BLESS").is_some() {
+        fs::write(&path, &text).unwrap();
+    }
+    let wanted = fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(text, wanted, "{} differs: if this is wanted, MVM_BLESS=1 rewrites it", path.display());
+}
+
+#[test]
+fn help_is_as_written() {
+    golden("help", &["--help"]);
+    golden("help-run", &["run", "--help"]);
+    golden("help-boot", &["boot", "--help"]);
+    golden("help-doctor", &["doctor", "--help"]);
+}
+
+#[test]
+fn bad_usage_exits_with_2_and_says_what_would_do() {
+    golden("no-command", &[]);
+    golden("unknown-command", &["fly"]);
+    golden("no-kernel", &["boot"]);
+    golden("too-many-cpus", &["boot", "--kernel", "k", "--cpus", "33"]);
+    golden("bad-memory", &["boot", "--kernel", "k", "--memory", "lots"]);
+    golden("bad-disk", &["boot", "--kernel", "k", "--disk", "a.img,rw"]);
+    golden("bad-net", &["boot", "--kernel", "k", "--net", "wifi"]);
+    golden("bad-device", &["boot", "--kernel", "k", "--device", "toaster"]);
+    golden("bad-name", &["run", "--name", "../x", "image"]);
+}
+
+#[test]
+fn failures_exit_with_125_and_name_the_operand() {
+    golden("no-image", &["run", "/no/such/image"]);
+    golden("terminal-without-one", &["run", "-t", "/no/such/image"]);
+}
+
+#[test]
+fn the_doctors_report_is_a_list_of_rows_in_json() {
+    let output = mvm(&["doctor", "--format", "json"]);
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let failed = rows.iter().any(|row| row["status"] == "fail");
+    assert_eq!(output.status.code(), Some(i32::from(failed)));
+    for check in ["kvm", "guest", "rights", "tun", "cgroups", "open files", "memory"] {
+        let row = rows.iter().find(|row| row["check"] == check).unwrap_or_else(|| panic!("no row {check}"));
+        assert!(["ok", "warn", "fail"].contains(&row["status"].as_str().unwrap()), "{row}");
+        assert_eq!(row["status"] == "ok", row["remedy"] == "", "{row}");
+    }
+}

@@ -62,7 +62,8 @@ e2e: build
 test: check unit e2e
 
 bench: build
-	$(CARGO) run -q --release -p mvm-integration --bin bench -- $(if $(ONLY),--only $(ONLY))
+	$(CARGO) build --release -p mvm-integration --bin bench --bin floor --bin guest_bench
+	@$(CARGO) run -q --release -p mvm-integration --bin bench -- $(if $(ONLY),--only $(ONLY))
 
 lab: build
 	@$(CARGO) run -q -p mvm-integration --bin lab -- $(LAB_FLAGS) -- sh -c '$(subst ','\'',$(CMD))'

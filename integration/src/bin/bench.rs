@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mvm_integration::bench::{Figure, Report, Wanted, emulated, inside, native};
+use mvm_integration::bench::{Figure, IDS, Report, Wanted, emulated, inside, native};
 
 /// Measure, print a table, and write everything to a file.
 #[derive(Debug, Parser)]
@@ -56,6 +56,12 @@ fn main() -> ExitCode {
     };
     part("native.", native::figures);
     part("lab.", emulated::figures);
+    let missing: Vec<_> =
+        IDS.iter().filter(|id| wanted.has(id) && report.0.iter().all(|figure| figure.id != **id)).collect();
+    if !missing.is_empty() {
+        say(&format!("not measured: {missing:?}"));
+        complete = false;
+    }
     let written = write!(io::stdout(), "{}", report.table()).and_then(|()| report.write(&arguments.out));
     if let Err(error) = written {
         say(&format!("cannot write {}: {error}", arguments.out.display()));

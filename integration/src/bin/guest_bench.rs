@@ -5,16 +5,19 @@
 //! `bench-end`; all times are CLOCK_MONOTONIC of the guest, in nanoseconds.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
 use mvm_integration::bench::exchange::{MESSAGE, ROUND_TRIPS, STREAM};
 use nix::mount::{MsFlags, mount};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
+
+/// What direct I/O wants buffers aligned to.
+const PAGE: usize = 4096;
 
 fn main() {
     let result = run();
@@ -63,15 +66,11 @@ fn disk() -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open("/dev/vda")
 }
 
-/// A buffer that direct I/O accepts.
+/// A buffer that direct I/O accepts, for ever.
 fn aligned(len: usize) -> &'static mut [u8] {
-    let layout = Layout::from_size_align(len, 4096).expect("a sane size");
-    // SAFETY: the allocation is `len` zeroed bytes, checked below, and lives for ever.
-    unsafe {
-        let start = alloc_zeroed(layout);
-        assert!(!start.is_null(), "no memory");
-        std::slice::from_raw_parts_mut(start, len)
-    }
+    let spare = vec![0; len + PAGE].leak();
+    let skip = spare.as_ptr().align_offset(PAGE);
+    &mut spare[skip..skip + len]
 }
 
 /// 4 KiB reads, one at a time, at offsets a fixed generator gives.
@@ -137,7 +136,6 @@ fn exchange(name: &str, mut peer: impl Read + Write) -> io::Result<()> {
 
 /// A stream to port `port` of the host.
 fn vsock(port: u32) -> io::Result<File> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
     let stream = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::empty(), None)?;
     connect(stream.as_raw_fd(), &VsockAddr::new(2, port))?;
     Ok(File::from(stream))
@@ -155,14 +153,7 @@ fn tap(address: &str) -> io::Result<TcpStream> {
 }
 
 fn bring_up(name: &str, address: std::net::Ipv4Addr) -> io::Result<()> {
-    // SAFETY: socket returns a new descriptor or -1, which is checked.
-    let control = unsafe {
-        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        OwnedFd::from_raw_fd(fd)
-    };
+    let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let set = |request: libc::Ioctl, fill: &dyn Fn(&mut libc::ifreq)| {
         // SAFETY: all-zero bytes are a valid ifreq.
         let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -176,14 +167,13 @@ fn bring_up(name: &str, address: std::net::Ipv4Addr) -> io::Result<()> {
         }
         Ok(())
     };
+    // A sockaddr_in: two bytes of port, then the address.
     let internet = |ip: std::net::Ipv4Addr| {
-        // SAFETY: sockaddr_in fits a sockaddr, and both are plain bytes.
-        unsafe {
-            let mut inet: libc::sockaddr_in = std::mem::zeroed();
-            inet.sin_family = libc::AF_INET as libc::sa_family_t;
-            inet.sin_addr.s_addr = u32::from_ne_bytes(ip.octets());
-            std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(inet)
+        let mut address = libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: [0; 14] };
+        for (to, from) in address.sa_data[2..6].iter_mut().zip(ip.octets()) {
+            *to = from.cast_signed();
         }
+        address
     };
     set(libc::SIOCSIFADDR, &|ifreq| ifreq.ifr_ifru.ifru_addr = internet(address))?;
     set(libc::SIOCSIFNETMASK, &|ifreq| {

@@ -1,5 +1,7 @@
 //! From the machine's start to its agent's hello, stage by stage.
 
+use std::collections::BTreeMap;
+use std::fs::{self, DirEntry};
 use std::io;
 use std::path::Path;
 
@@ -69,9 +71,22 @@ pub(super) fn boot(image: &Rootfs, id: &str, sockets: Option<&Path>) -> io::Resu
 /// What made the guest leave, in one more boot, which a control socket makes a little slower.
 fn counters(image: &Rootfs) -> io::Result<Value> {
     let dir = vm::scratch().join("counted");
-    let _container = boot(image, "counted", Some(&dir))?;
+    let container = boot(image, "counted", Some(&dir))?;
+    let kvm = kvm_counters(container.machine.pid());
     let answer = Client::connect(&dir.join(CONTROL_SOCKET))?.call(&Ask::Metrics)?;
-    Ok(json!({"boot": "counted", "metrics": answer}))
+    Ok(json!({"boot": "counted", "metrics": answer, "kvm": kvm}))
+}
+
+/// What KVM counted for the machine of process `pid`; nothing if the host does not show it.
+fn kvm_counters(pid: i32) -> BTreeMap<String, u64> {
+    let name = |entry: &DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let machines = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten().flatten();
+    let ours = machines.filter(|entry| name(entry).starts_with(&format!("{pid}-")));
+    let counters = ours.filter_map(|entry| fs::read_dir(entry.path()).ok()).flatten().flatten();
+    counters
+        .filter_map(|entry| Some((name(&entry), fs::read_to_string(entry.path()).ok()?.trim().parse().ok()?)))
+        .filter(|(_, count)| *count > 0)
+        .collect()
 }
 
 pub(super) fn explain(failure: Failure) -> io::Error {

@@ -59,8 +59,7 @@ pub(super) fn serve_calls(server: DialServer) {
 
 /// Listens on the host's vsock, for guests of vhost.
 pub(super) fn serve_vsock() -> io::Result<()> {
-    // A kernel with it built in has no module.
-    let _ = Command::new("modprobe").arg("vhost_vsock").status();
+    load("vhost_vsock");
     let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, VSOCK_PORT))?;
     listen(&listener, Backlog::new(4)?)?;
@@ -79,8 +78,14 @@ fn adopt(fd: i32) -> File {
     unsafe { OwnedFd::from_raw_fd(fd) }.into()
 }
 
+/// Loads a module; a kernel with it built in has none.
+fn load(module: &str) {
+    let _ = Command::new("modprobe").arg(module).status();
+}
+
 /// Makes the tap and listens on its address.
 pub(super) fn serve_tap() -> io::Result<()> {
+    load("vhost_net");
     let address = TAP_ADDRESS.split(':').next().unwrap_or_default();
     for line in [
         format!("tuntap add {TAP} mode tap vnet_hdr"),

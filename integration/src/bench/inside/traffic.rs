@@ -83,9 +83,8 @@ pub(super) fn net(files: &Files) -> io::Result<Vec<Figure>> {
     peer::serve_tap()?;
     let mut rows = Rows(Vec::new());
     rows.0.push(("mvm".to_owned(), in_mvm(files, &job, drop)?));
-    for (name, vhost) in [("qemu", false), ("qemu vhost", true)] {
-        rows.0.push((name.to_owned(), in_qemu(files, &job, READERS[0], vhost)?));
-    }
+    rows.0.push(("qemu".to_owned(), in_qemu(files, &job, READERS[0], false)?));
+    rows.0.push(("qemu vhost".to_owned(), in_qemu(files, &job, READERS[0], true)?));
     exchange(&rows, "net", "by TCP over a tap to a process of the host", &["qemu", "qemu vhost"])
 }
 

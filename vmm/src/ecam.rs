@@ -6,20 +6,22 @@
 #![allow(unsafe_code)] // static memory that the guest reads while the bus writes it
 
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mvm_devices::pci::CONFIG_SPACE_SIZE;
 
 use crate::error::{Error, Result};
 use crate::layout::ECAM_SIZE;
 
+/// Bytes that are compared and written at a time.
+const WORD: usize = size_of::<u64>();
 /// Bytes of configuration space of a bus.
 const SIZE: usize = ECAM_SIZE as usize;
 
 #[repr(C, align(4096))]
 struct Pages(UnsafeCell<[u8; SIZE]>);
 
-// SAFETY: the bytes are only reached through `Ecam`, one byte at a time and atomically.
+// SAFETY: the bytes are only reached through `Ecam`, one word at a time and atomically.
 unsafe impl Sync for Pages {}
 
 static PAGES: Pages = Pages(UnsafeCell::new([0xff; SIZE]));
@@ -40,14 +42,19 @@ impl Ecam {
         PAGES.0.get() as u64
     }
 
-    /// Makes function `function` of device `device` read as `config`. Touches the bytes that differ only.
+    /// Makes function `function` of device `device` read as `config`. Touches the words that differ only.
+    ///
+    /// Called for every write of configuration space, so it goes word by word: byte by byte it took longer than
+    /// the exit itself.
     pub(crate) fn show(&self, device: usize, function: usize, config: &[u8; CONFIG_SPACE_SIZE]) {
         let page = (device * 8 + function) * CONFIG_SPACE_SIZE;
-        for (offset, value) in config.iter().enumerate() {
-            if let Some(byte) = Self::byte(page + offset)
-                && byte.load(Ordering::Relaxed) != *value
+        let (words, _) = config.as_chunks::<WORD>();
+        for (offset, value) in (page..).step_by(WORD).zip(words) {
+            let value = u64::from_ne_bytes(*value);
+            if let Some(word) = Self::word(offset)
+                && word.load(Ordering::Relaxed) != value
             {
-                byte.store(*value, Ordering::Relaxed);
+                word.store(value, Ordering::Relaxed);
             }
         }
     }
@@ -71,21 +78,28 @@ impl Ecam {
         let Ok(offset) = usize::try_from(offset) else { return false };
         (offset..).zip(data).all(|(offset, value)| match Self::byte(offset) {
             Some(byte) => {
-                *value = byte.load(Ordering::Relaxed);
+                *value = byte;
                 true
             }
             None => false,
         })
     }
 
-    fn byte(offset: usize) -> Option<&'static AtomicU8> {
-        if offset >= SIZE {
+    fn byte(offset: usize) -> Option<u8> {
+        let word = Self::word(offset - offset % WORD)?.load(Ordering::Relaxed);
+        word.to_ne_bytes().get(offset % WORD).copied()
+    }
+
+    /// The word at `offset`, a multiple of its size.
+    fn word(offset: usize) -> Option<&'static AtomicU64> {
+        if !offset.is_multiple_of(WORD) || offset >= SIZE {
             return None;
         }
         // SAFETY: `offset` is inside the static array (checked above).
-        let byte = unsafe { PAGES.0.get().cast::<u8>().add(offset) };
-        // SAFETY: `byte` is valid for the life of the process, and this process reaches it only atomically.
-        Some(unsafe { AtomicU8::from_ptr(byte) })
+        let word = unsafe { PAGES.0.get().cast::<u8>().add(offset) };
+        // SAFETY: `word` is aligned (a multiple of its size from a page) and valid for the life of the process,
+        // which reaches it only atomically and only in whole words.
+        Some(unsafe { AtomicU64::from_ptr(word.cast()) })
     }
 }
 
@@ -106,7 +120,7 @@ mod tests {
         let mut config = [0; CONFIG_SPACE_SIZE];
         config[0] = 0x86;
         ecam.show(2, 0, &config);
-        let read = |offset| Ecam::byte(offset).unwrap().load(Ordering::Relaxed);
+        let read = |offset| Ecam::byte(offset).unwrap();
         assert_eq!((read(2 * 8 * 4096), read(2 * 8 * 4096 + 1)), (0x86, 0));
         assert_eq!((read(2 * 8 * 4096 - 1), read(3 * 8 * 4096)), (0xff, 0xff));
         ecam.show(2, 0, &[0xff; CONFIG_SPACE_SIZE]);

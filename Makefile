@@ -32,9 +32,9 @@ kernel: setup
 
 # Everything as it would be installed; the kernel comes from the cache if nothing it depends on changed.
 build: setup
-	$(CARGO) build --release -p mvm-cli -p mvm-vmm -p mvm-agent -p mvm-shim
+	$(CARGO) build --release -p mvm-cli -p mvm-vmm -p mvm-agent
 	@install -d $(DIST)/bin $(DIST)/share/mvm
-	@install -t $(DIST)/bin $(addprefix $(TARGET)/release/,mvm mvm-vmm containerd-shim-mvm-v2)
+	@install -t $(DIST)/bin $(addprefix $(TARGET)/release/,mvm mvm-vmm)
 	@install -t $(DIST)/share/mvm $(TARGET)/release/mvm-agent
 	@kernel=$$(kernel-config/build.sh) && cp -f "$$kernel" $(DIST)/share/mvm/vmlinux
 
@@ -48,7 +48,7 @@ demo: build
 	@$(CARGO) run -q -p mvm-integration --bin demo
 
 check: setup
-	rustfmt --check --edition 2024 $(RUST_FILES)
+	@echo "rustfmt --check"; rustfmt --check --edition 2024 $(RUST_FILES)
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 unit: setup

@@ -28,6 +28,10 @@ pub const MAX_KERNEL_BYTES: u64 = 128 << 20;
 /// Largest initial RAM disk.
 pub const MAX_INITRD_BYTES: u64 = 512 << 20;
 
+/// Largest initial RAM disk that is read. Guests unpack it, free its pages and use them for something else, so no
+/// page of it stays shared; mapping only pays where reading would take long.
+const READ_INITRD_BYTES: u64 = 8 << 20;
+
 /// A kernel could not be put into memory.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -208,7 +212,7 @@ fn load_kernel(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<L
     }
 }
 
-/// Maps the initial RAM disk as high as the kernel can reach, away from the kernel.
+/// Puts the initial RAM disk as high as the kernel can reach, away from the kernel.
 fn load_initrd(memory: &Memory, file: &File, room: Room, kernel: &Loaded) -> Result<Span> {
     let length = room.initrd;
     let reach = kernel.header.as_ref().map_or(u32::MAX.into(), bzimage::Header::initrd_addr_max);
@@ -217,7 +221,8 @@ fn load_initrd(memory: &Memory, file: &File, room: Room, kernel: &Loaded) -> Res
     if length > room.ram / 2 {
         return Err(room.too_little(kernel.end));
     }
-    map_whole_pages(memory, file, Span { start: 0, length }, span.start, "initial RAM disk")?;
+    let put = if length <= READ_INITRD_BYTES { copy } else { map_whole_pages };
+    put(memory, file, Span { start: 0, length }, span.start, "initial RAM disk")?;
     Ok(span)
 }
 

@@ -1,6 +1,10 @@
 //! Disk, vsock and network of one guest, ours and QEMU's.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
@@ -38,22 +42,29 @@ pub(super) fn disk(files: &Files) -> io::Result<Vec<Figure>> {
         rows.0.push((format!("qemu {reader}"), in_qemu(files, &job, reader, false)?));
     }
     rows.0.push(("mvm".to_owned(), in_mvm(files, &job, drop)?));
+    rows.0.push(("host".to_owned(), on_host(&files.disk)?));
     let us = |who: &str, what: &str| rows.least(who, what).map(|ns| ns / 1e3);
     let (ours, theirs) = (us("mvm", "read4k_ns")?, us("qemu", "read4k_ns")?);
     let (ours_1m, theirs_1m) = (us("mvm", "read1m_ns")?, us("qemu", "read1m_ns")?);
+    let (host, host_1m) = (us("host", "read4k_ns")?, us("host", "read1m_ns")?);
     let mbs = |us: f64| f64::from(1u32 << 20) / us;
     let how_4k = "500 direct reads of 4 KiB at random places, one at a time, guest's clock, virtual time; file in the \
-        host's memory; qemu: microvm, virtio-mmio, I/O thread, the better of aio=threads and io_uring, same kernel";
+        host's memory; qemu: microvm, virtio-mmio, I/O thread, the better of aio=threads and io_uring, same kernel; host: the same reads of the file \
+        by a process of the host, which is the least a guest's read can cost";
     let how_1m = "64 direct reads of 1 MiB in order, one at a time, guest's clock, virtual time; otherwise as \
         lab.blk_read_4k_us";
     let raw = rows.json();
     Ok(vec![
-        Figure::new("lab.blk_read_4k_us", ours, "us", how_4k).peer("qemu", theirs).raw(raw.clone()),
+        Figure::new("lab.blk_read_4k_us", ours, "us", how_4k)
+            .peer("qemu", theirs)
+            .peer("host", host)
+            .raw(raw.clone()),
         Figure::new("lab.blk_read_4k_over_qemu", ours / theirs, "x", "lab.blk_read_4k_us over QEMU's")
             .peer("qemu_us", theirs)
             .raw(raw.clone()),
         Figure::new("lab.blk_read_1m_mbs", mbs(ours_1m), "MB/s", how_1m)
             .peer("qemu", mbs(theirs_1m))
+            .peer("host", mbs(host_1m))
             .raw(raw.clone()),
         Figure::new(
             "lab.blk_read_1m_over_qemu",
@@ -64,6 +75,23 @@ pub(super) fn disk(files: &Files) -> io::Result<Vec<Figure>> {
         .peer("qemu_us", theirs_1m)
         .raw(raw),
     ])
+}
+
+/// The same reads without a guest.
+fn on_host(disk: &Path) -> io::Result<Results> {
+    let file = File::open(disk)?;
+    let mean = |count: usize, len: usize| -> io::Result<f64> {
+        let places = file.metadata()?.len() / len as u64;
+        let mut buffer = vec![0; len];
+        file.read_exact_at(&mut buffer, 0)?;
+        let start = Instant::now();
+        for place in 0..count as u64 {
+            file.read_exact_at(&mut buffer, place % places * len as u64)?;
+        }
+        Ok(start.elapsed().as_nanos() as f64 / count as f64)
+    };
+    let results = [("read4k_ns", mean(READS_4K, 4096)?), ("read1m_ns", mean(READS_1M, 1 << 20)?)];
+    Ok(results.into_iter().map(|(name, ns)| (name.to_owned(), ns)).collect())
 }
 
 pub(super) fn vsock(files: &Files) -> io::Result<Vec<Figure>> {

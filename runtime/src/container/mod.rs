@@ -36,7 +36,8 @@ const AGENT_TIME: Duration = Duration::from_secs(60);
 /// Time processes get between being asked to end and being killed.
 const GRACE: Duration = Duration::from_secs(10);
 /// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
-pub const CMDLINE: &str = "quiet loglevel=0 panic=-1 noreplace-smp random.trust_cpu=1 rdinit=/init";
+pub const CMDLINE: &str = "quiet noreplace-smp rcupdate.rcu_expedited=1 \
+     initcall_blacklist=slab_late_init,param_sysfs_builtin_init";
 
 /// What a container is made of.
 #[derive(Clone, Debug)]

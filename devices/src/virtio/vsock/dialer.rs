@@ -73,7 +73,7 @@ impl Dialer {
     }
 }
 
-/// The parent's end: reads questions, sends answers. Waits as its socket's mode says.
+/// The parent's end: reads questions, as its socket's mode says, and sends answers.
 #[derive(Debug)]
 pub struct DialServer {
     socket: OwnedFd,
@@ -98,12 +98,13 @@ impl DialServer {
         Ok(receive(self.socket.as_fd(), 0)?.map(|(id, port, _)| Dial { id, port }))
     }
 
-    /// Answers question `id` with a connected stream socket. The caller may close its copy.
+    /// Answers question `id` with a connected stream socket. The caller may close its copy. Never waits: a
+    /// guest that stops its device has nobody read answers, and may ask on.
     ///
     /// # Errors
-    /// The host's reason; the device may be gone.
+    /// The host's reason; `WouldBlock` when the device has too many unread answers, or it is gone.
     pub fn accept(&self, id: u64, stream: BorrowedFd<'_>) -> io::Result<()> {
-        send(self.socket.as_fd(), &encode(id, 1), Some(stream), MsgFlags::empty())
+        send(self.socket.as_fd(), &encode(id, 1), Some(stream), MsgFlags::MSG_DONTWAIT)
     }
 
     /// Answers question `id` with a refusal.
@@ -111,7 +112,7 @@ impl DialServer {
     /// # Errors
     /// As [`DialServer::accept`].
     pub fn refuse(&self, id: u64) -> io::Result<()> {
-        send(self.socket.as_fd(), &encode(id, 0), None, MsgFlags::empty())
+        send(self.socket.as_fd(), &encode(id, 0), None, MsgFlags::MSG_DONTWAIT)
     }
 }
 

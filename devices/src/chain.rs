@@ -36,6 +36,15 @@ pub(crate) struct Table {
     pub(crate) indirect: bool,
 }
 
+/// Memory that walks use over and over, so that the steady state allocates nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    /// One list of segments for each chain that is not under way.
+    pub(crate) segments: Vec<Vec<Segment>>,
+    /// Copy of an indirect table.
+    table: Vec<u8>,
+}
+
 /// A request as the driver posted it: readable buffers first, then writable ones.
 ///
 /// Give it back to the ring it came from; dropping it would leak a slot of the driver's ring.
@@ -48,18 +57,24 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Walks and checks the chain at `head`; `segments` is an empty buffer to fill (kept across requests).
+    /// Walks and checks the chain at `head`, using `buffers` (kept across requests).
     pub(crate) fn walk(
         memory: &Arc<Memory>,
         table: Table,
         head: u16,
-        mut segments: Vec<Segment>,
-    ) -> Result<Self, (ChainError, Vec<Segment>)> {
+        buffers: &mut Buffers,
+    ) -> Result<Self, ChainError> {
+        let mut segments = buffers.segments.pop().unwrap_or_default();
         segments.clear();
-        let mut walk = Walk { memory, limit: table.size, total: 0, steps: 0, readable: None };
+        buffers.table.clear();
+        let copied = &mut buffers.table;
+        let mut walk = Walk { memory, copied, limit: table.size, total: 0, steps: 0, readable: None };
         match walk.run(table, head, &mut segments) {
             Ok(readable) => Ok(Self { head, segments, readable, memory: Arc::clone(memory) }),
-            Err(error) => Err((error, segments)),
+            Err(error) => {
+                buffers.segments.push(segments);
+                Err(error)
+            }
         }
     }
 
@@ -86,6 +101,8 @@ impl Chain {
 
 struct Walk<'a> {
     memory: &'a Memory,
+    /// The indirect table, once there is one: a copy, so that each entry is read once and all at once.
+    copied: &'a mut Vec<u8>,
     /// Most descriptors of the whole chain: the queue's size.
     limit: u16,
     total: u32,
@@ -123,13 +140,27 @@ impl Walk<'_> {
         if index >= table.size {
             return Err(ChainError::Index(index));
         }
+        if !self.copied.is_empty() {
+            return self.copied_entry(index);
+        }
         let bad = ChainError::Address { address: table.address.raw_value(), len: DESCRIPTOR_SIZE };
         let offset = u64::from(index).checked_mul(DESCRIPTOR_SIZE.into()).ok_or(bad)?;
         let address = table.address.checked_add(offset).ok_or(bad)?;
         self.memory.read_obj(address).map_err(|_| bad)
     }
 
-    fn indirect_table(&self, descriptor: Descriptor) -> Result<Table, ChainError> {
+    /// An entry of the indirect table, which was copied as a whole.
+    fn copied_entry(&self, index: u16) -> Result<Descriptor, ChainError> {
+        let wrong = ChainError::Index(index);
+        let start = usize::from(index).checked_mul(16).ok_or(wrong)?;
+        let bytes: [u8; 16] =
+            self.copied.get(start..).and_then(|rest| rest.first_chunk()).copied().ok_or(wrong)?;
+        let mut descriptor = Descriptor::default();
+        descriptor.as_mut_slice().copy_from_slice(&bytes);
+        Ok(descriptor)
+    }
+
+    fn indirect_table(&mut self, descriptor: Descriptor) -> Result<Table, ChainError> {
         let (address, len) = (descriptor.addr(), descriptor.len());
         if len == 0 || len.checked_rem(DESCRIPTOR_SIZE) != Some(0) {
             return Err(ChainError::Indirect);
@@ -140,6 +171,10 @@ impl Walk<'_> {
             return Err(ChainError::TooLong);
         }
         self.inside(address, len)?;
+        // At most a queue's worth of descriptors, in one go.
+        self.copied.resize(usize::try_from(len).map_err(|_| ChainError::TooLong)?, 0);
+        let bad = ChainError::Address { address: address.raw_value(), len };
+        self.memory.read_slice(self.copied, address).map_err(|_| bad)?;
         // A table inside a table is refused: `indirect` is off in there (§2.7.5.3.1).
         Ok(Table { address, size, indirect: false })
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
 
-use crate::chain::{Chain, Segment, Table};
+use crate::chain::{Buffers, Chain, Table};
 use crate::error::{ChainError, Error, RingError};
 use crate::interrupt::Interrupt;
 use crate::memory::{Address, Bytes, GuestAddress, Memory};
@@ -61,8 +61,7 @@ pub struct Ring {
     staged: Wrapping<u16>,
     /// Used index when the driver was last considered for a notification.
     considered: Wrapping<u16>,
-    /// Segment buffers for reuse, so that the steady state allocates nothing.
-    spare: Vec<Vec<Segment>>,
+    buffers: Buffers,
     counters: RingCounters,
 }
 
@@ -96,7 +95,7 @@ impl Ring {
             in_flight: vec![false; state.size.into()],
             staged: Wrapping(0),
             considered: Wrapping(state.next_used),
-            spare: Vec::new(),
+            buffers: Buffers::default(),
             queue,
             options,
             memory,
@@ -135,14 +134,12 @@ impl Ring {
                 size: self.queue.size(),
                 indirect: self.options.indirect,
             };
-            let segments = self.spare.pop().unwrap_or_default();
-            match Chain::walk(&self.memory, table, head, segments) {
+            match Chain::walk(&self.memory, table, head, &mut self.buffers) {
                 Ok(chain) => {
                     self.counters.chains.one();
                     return Ok(Some(chain));
                 }
-                Err((error, segments)) => {
-                    self.spare.push(segments);
+                Err(error) => {
                     self.refuse(error);
                     self.stage(head, 0)?;
                     self.publish()?;
@@ -317,7 +314,7 @@ impl Ring {
         if let Some(flag) = self.in_flight.get_mut(usize::from(chain.head())) {
             *flag = false;
         }
-        self.spare.push(chain.into_segments());
+        self.buffers.segments.push(chain.into_segments());
     }
 
     fn load(&self, ring: u64, offset: u64) -> Result<u16, Error> {

@@ -8,6 +8,7 @@ pub mod tap;
 
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::chain::Cursor;
@@ -15,12 +16,12 @@ use crate::memory::VolatileSlice;
 
 /// Size of a host page on x86-64.
 const HOST_PAGE: usize = 4096;
-/// Buffers of one system call; longer requests take several.
-const MAX_BUFFERS: usize = 64;
+/// Buffers of one system call; longer requests take several. A mebibyte of scattered pages takes one.
+const MAX_BUFFERS: usize = 260;
 
 /// A few buffers of guest memory in the form `readv` and its kin take.
 struct Buffers<'a> {
-    list: [libc::iovec; MAX_BUFFERS],
+    list: [MaybeUninit<libc::iovec>; MAX_BUFFERS],
     count: usize,
     bytes: usize,
     memory: PhantomData<&'a ()>,
@@ -33,14 +34,20 @@ impl<'a> Buffers<'a> {
     }
 
     fn collect(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Self {
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let mut buffers = Self { list: [empty; MAX_BUFFERS], count: 0, bytes: 0, memory: PhantomData };
+        // Small requests are most of them: they do not pay for the room that large ones need.
+        let list = [const { MaybeUninit::uninit() }; MAX_BUFFERS];
+        let mut buffers = Self { list, count: 0, bytes: 0, memory: PhantomData };
         for (place, slice) in buffers.list.iter_mut().zip(slices) {
-            *place = iovec(&slice);
+            place.write(iovec(&slice));
             buffers.count = buffers.count.saturating_add(1);
             buffers.bytes = buffers.bytes.saturating_add(slice.len());
         }
         buffers
+    }
+
+    /// The first of [`Buffers::count`] filled places.
+    fn first(&self) -> *const libc::iovec {
+        self.list.as_ptr().cast()
     }
 
     fn count(&self) -> libc::c_int {
@@ -52,7 +59,7 @@ impl<'a> Buffers<'a> {
         libc::msghdr {
             msg_name: std::ptr::null_mut(),
             msg_namelen: 0,
-            msg_iov: self.list.as_mut_ptr(),
+            msg_iov: self.list.as_mut_ptr().cast(),
             msg_iovlen: self.count,
             msg_control: std::ptr::null_mut(),
             msg_controllen: 0,
@@ -74,7 +81,7 @@ pub fn read_at(file: BorrowedFd<'_>, to: &mut Cursor<'_>, len: u32, offset: u64)
     transfer_at(to, len, offset, |buffers, at| {
         // SAFETY: each iovec names bytes inside a mapped guest region that outlives the call (the cursor
         // borrows it); guest memory may change under the kernel, which only affects the bytes' values.
-        unsafe { libc::preadv(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count(), at) }
+        unsafe { libc::preadv(file.as_raw_fd(), buffers.first(), buffers.count(), at) }
     })
 }
 
@@ -86,7 +93,7 @@ pub fn read_at(file: BorrowedFd<'_>, to: &mut Cursor<'_>, len: u32, offset: u64)
 pub fn write_at(file: BorrowedFd<'_>, from: &mut Cursor<'_>, len: u32, offset: u64) -> io::Result<u32> {
     transfer_at(from, len, offset, |buffers, at| {
         // SAFETY: as in `read_at`; the kernel only reads these bytes.
-        unsafe { libc::pwritev(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count(), at) }
+        unsafe { libc::pwritev(file.as_raw_fd(), buffers.first(), buffers.count(), at) }
     })
 }
 
@@ -98,7 +105,7 @@ pub fn read_some(file: BorrowedFd<'_>, to: &mut Cursor<'_>, max: u32) -> io::Res
     let buffers = Buffers::gather(to, max);
     let done = retry(|| {
         // SAFETY: as in `read_at`.
-        unsafe { libc::readv(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count()) }
+        unsafe { libc::readv(file.as_raw_fd(), buffers.first(), buffers.count()) }
     })?;
     advance(to, done)
 }
@@ -112,7 +119,7 @@ pub fn write_some(file: BorrowedFd<'_>, from: &mut Cursor<'_>, max: u32) -> io::
     let buffers = Buffers::gather(from, max);
     let done = retry(|| {
         // SAFETY: as in `write_at`.
-        unsafe { libc::writev(file.as_raw_fd(), buffers.list.as_ptr(), buffers.count()) }
+        unsafe { libc::writev(file.as_raw_fd(), buffers.first(), buffers.count()) }
     })?;
     advance(from, done)
 }

@@ -26,12 +26,12 @@ use disk::{Disk, RawDisk};
 use request::{Header, Operation, SECTOR, Segments, Status, extent};
 
 /// Entries of each queue: the segments below, a header and a status.
-const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZE: u16 = 512;
 /// Most queues of a disk, and the sizes of that many.
 const MAX_QUEUES: u16 = 16;
 static QUEUES: [u16; MAX_QUEUES as usize] = [QUEUE_SIZE; MAX_QUEUES as usize];
 /// Most data segments of a request, as advertised.
-const SEG_MAX: u32 = 254;
+const SEG_MAX: u32 = 510;
 /// Most bytes of a segment, as advertised.
 const SIZE_MAX: u32 = 64 * 1024;
 /// Most data bytes of a request: what a driver that keeps to the two limits above can reach. Nothing of

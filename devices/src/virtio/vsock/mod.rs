@@ -255,7 +255,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn queues(&self) -> &[u16] {
-        &[256, 256, EVENT_BUFFERS]
+        &[128, 256, EVENT_BUFFERS]
     }
 
     fn features(&self) -> u64 {

@@ -267,9 +267,9 @@ fn a_request_above_the_advertised_maximum_fails_and_one_at_it_does_not() {
         assert_eq!(vm.driver(0).take(), Some((0, 1)));
         vm.driver(0).posted_at(HIGH + 64, 1)[0]
     };
-    assert_eq!(MAX_DATA, (15 << 20) + 896 * 1024);
-    assert_eq!(write_mebibytes(15, 896 * 1024), OK);
-    assert_eq!(write_mebibytes(15, 896 * 1024 + 512), IOERR);
+    assert_eq!(MAX_DATA, (31 << 20) + 896 * 1024);
+    assert_eq!(write_mebibytes(31, 896 * 1024), OK);
+    assert_eq!(write_mebibytes(31, 896 * 1024 + 512), IOERR);
     assert_eq!(write_mebibytes(40, 512), IOERR);
 }
 

@@ -34,6 +34,8 @@ pub(crate) struct Table {
     pub(crate) address: GuestAddress,
     pub(crate) size: u16,
     pub(crate) indirect: bool,
+    /// Where its ring stands once the chain is taken.
+    pub(crate) position: u16,
 }
 
 /// Memory that walks use over and over, so that the steady state allocates nothing.
@@ -54,6 +56,8 @@ pub struct Chain {
     segments: Vec<Segment>,
     readable: usize,
     memory: Arc<Memory>,
+    /// Where its ring stood once it was taken.
+    pub(crate) position: u16,
 }
 
 impl Chain {
@@ -70,7 +74,9 @@ impl Chain {
         let copied = &mut buffers.table;
         let mut walk = Walk { memory, copied, limit: table.size, total: 0, steps: 0, readable: None };
         match walk.run(table, head, &mut segments) {
-            Ok(readable) => Ok(Self { head, segments, readable, memory: Arc::clone(memory) }),
+            Ok(readable) => {
+                Ok(Self { head, segments, readable, memory: Arc::clone(memory), position: table.position })
+            }
             Err(error) => {
                 buffers.segments.push(segments);
                 Err(error)
@@ -176,7 +182,7 @@ impl Walk<'_> {
         let bad = ChainError::Address { address: address.raw_value(), len };
         self.memory.read_slice(self.copied, address).map_err(|_| bad)?;
         // A table inside a table is refused: `indirect` is off in there (§2.7.5.3.1).
-        Ok(Table { address, size, indirect: false })
+        Ok(Table { address, size, indirect: false, position: 0 })
     }
 
     fn step(&mut self) -> Result<(), ChainError> {

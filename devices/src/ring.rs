@@ -133,6 +133,7 @@ impl Ring {
                 address: GuestAddress(self.queue.desc_table()),
                 size: self.queue.size(),
                 indirect: self.options.indirect,
+                position: self.queue.next_avail(),
             };
             match Chain::walk(&self.memory, table, head, &mut self.buffers) {
                 Ok(chain) => {
@@ -149,10 +150,19 @@ impl Ring {
         Ok(None)
     }
 
-    /// Puts the chain popped last back, as if it had not been looked at.
-    pub fn undo(&mut self, chain: Chain) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
-        self.release(chain);
+    /// Puts the chain popped last back, as if it had not been looked at. Several are put back last first;
+    /// one before a chain that made no sense is given back instead: time cannot be turned back past that.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the used ring cannot be written.
+    pub fn undo(&mut self, chain: Chain) -> Result<(), Error> {
+        if chain.position == self.queue.next_avail() {
+            self.queue.set_next_avail(chain.position.wrapping_sub(1));
+            self.release(chain);
+            return Ok(());
+        }
+        self.complete(chain, 0)?;
+        self.publish()
     }
 
     /// Writes a used entry for `chain` without showing it yet, so that several can appear at once.

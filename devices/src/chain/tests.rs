@@ -24,7 +24,7 @@ fn buffer(address: u64, len: u32, flags: u16, next: u16) -> Descriptor {
 }
 
 fn walk(driver: &Driver, head: u16, indirect: bool) -> Result<Chain, ChainError> {
-    let table = Table { address: GuestAddress(driver.table()), size: SIZE, indirect };
+    let table = Table { address: GuestAddress(driver.table()), size: SIZE, indirect, position: 0 };
     Chain::walk(driver.memory(), table, head, &mut Buffers::default())
 }
 
@@ -134,7 +134,7 @@ fn q_08_buffers_of_4_gib_in_all_are_refused() {
     for index in 0..512 {
         driver.describe(index, buffer(0, len, if index == 511 { 0 } else { NEXT }, index + 1));
     }
-    let table = Table { address: GuestAddress(driver.table()), size, indirect: false };
+    let table = Table { address: GuestAddress(driver.table()), size, indirect: false, position: 0 };
     let walk = |head| Chain::walk(driver.memory(), table, head, &mut Buffers::default());
     assert_eq!(walk(0).unwrap_err(), ChainError::TooLarge, "512 * 8 MiB");
     assert_eq!(walk(1).unwrap().reader().remaining(), 511 * len);
@@ -364,7 +364,7 @@ fn onward(descriptor: Descriptor, index: u16) -> Descriptor {
 /// Walks one table both ways; how many buffers were found, if the chain is one.
 fn agree(entries: &[(u64, u16, Descriptor)], head: u16, indirect: bool) -> Option<usize> {
     let (memory, ram) = small(entries);
-    let table = Table { address: GuestAddress(TABLE), size: SIZE, indirect };
+    let table = Table { address: GuestAddress(TABLE), size: SIZE, indirect, position: 0 };
     let walked = Chain::walk(&memory, table, head, &mut Buffers::default()).ok().map(|chain| {
         let plain = |segments: &[Segment]| segments.iter().map(|s| (s.address.0, s.len)).collect::<Vec<_>>();
         [plain(&chain.segments[..chain.readable]), plain(&chain.segments[chain.readable..])]

@@ -96,7 +96,7 @@ proptest! {
                     if let Some(head) = last.take() {
                         let chain = flying.pop().unwrap();
                         prop_assert_eq!(chain.head(), head);
-                        ring.undo(chain);
+                        ring.undo(chain).unwrap();
                         posted.push_front((head, false));
                     }
                 }

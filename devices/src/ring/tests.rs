@@ -284,9 +284,27 @@ fn an_undone_chain_is_popped_again() {
     let mut ring = ring_at(&mut driver, 0xffff, false);
     let posted = driver.post(&[b"abc"], &[]);
     let chain = ring.pop().unwrap().unwrap();
-    ring.undo(chain);
+    ring.undo(chain).unwrap();
     assert_eq!(ring.state().next_available, 0xffff);
     assert_eq!(ring.pop().unwrap().unwrap().head(), posted.head);
+}
+
+#[test]
+fn a_chain_before_one_that_was_refused_is_given_back_and_not_undone() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0xfffe, false);
+    let first = driver.post(&[], &[4]);
+    driver.describe(5, Descriptor { address: 0x1000, len: 4, flags: NEXT, next: SIZE });
+    driver.offer(5);
+    let last = driver.post(&[], &[4]);
+    let chains = [ring.pop().unwrap().unwrap(), ring.pop().unwrap().unwrap()];
+    assert_eq!(chains.each_ref().map(Chain::head), [first.head, last.head]);
+    for chain in chains.into_iter().rev() {
+        ring.undo(chain).unwrap();
+    }
+    assert_eq!((driver.take(), driver.take(), driver.take()), (Some((5, 0)), Some((first.head, 0)), None));
+    assert_eq!(ring.pop().unwrap().unwrap().head(), last.head);
+    assert!(ring.pop().unwrap().is_none());
 }
 
 #[test]

@@ -187,12 +187,12 @@ impl Console {
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                ring.undo(chain);
+                ring.undo(chain)?;
                 Ok(false)
             }
             // The end of a file, or a terminal whose other end was closed.
             Ok(_) | Err(_) => {
-                ring.undo(chain);
+                ring.undo(chain)?;
                 self.hang_up(io)?;
                 Ok(false)
             }

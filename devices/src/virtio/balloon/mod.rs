@@ -215,7 +215,7 @@ impl Balloon {
         let Some((ring, interrupt)) = io.ring_and_interrupt(index) else { return Ok(()) };
         if let Some(chain) = ring.pop()? {
             self.stats.read(&mut chain.reader());
-            ring.undo(chain);
+            ring.undo(chain)?;
         }
         // Buffers that made no sense may have been given back on the way.
         ring.notify(interrupt)

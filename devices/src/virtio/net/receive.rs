@@ -57,13 +57,6 @@ pub(super) enum Turn {
     Gone,
 }
 
-/// A chain taken from the ring, and where the ring stood right after.
-#[derive(Debug)]
-struct Held {
-    chain: Chain,
-    position: u16,
-}
-
 /// A frame that was read.
 #[derive(Clone, Copy, Debug)]
 struct Frame {
@@ -80,7 +73,7 @@ pub(super) struct Receiver {
     pub(super) agreed: Agreed,
     pub(super) mtu: u32,
     pub(super) counters: ReceiveCounters,
-    held: VecDeque<Held>,
+    held: VecDeque<Chain>,
     /// Bytes of all held buffers.
     room: u64,
     /// Chains that may still be taken this turn.
@@ -197,7 +190,7 @@ impl Receiver {
                 continue;
             }
             self.room = self.room.saturating_add(room.into());
-            self.held.push_back(Held { chain, position: ring.state().next_available });
+            self.held.push_back(chain);
         }
         Ok(())
     }
@@ -207,7 +200,7 @@ impl Receiver {
         let mut header = [0; HEADER];
         let mut skip = HEADER_BYTES;
         let slices = self.held.iter().flat_map(|held| {
-            let mut buffer = held.chain.writer();
+            let mut buffer = held.writer();
             // Every held chain has room for a header; only the first one's is left free for it.
             let _ = buffer.skip(std::mem::take(&mut skip));
             buffer.slices(u32::MAX)
@@ -255,7 +248,7 @@ impl Receiver {
         let mut at = 0usize;
         let end = usize::try_from(bytes).unwrap_or(0);
         for held in &self.held {
-            let mut buffer = held.chain.writer();
+            let mut buffer = held.writer();
             let _ = buffer.skip(std::mem::take(&mut skip));
             let room = usize::try_from(buffer.remaining()).unwrap_or(0);
             let next = at.saturating_add(room).min(end);
@@ -300,7 +293,7 @@ impl Receiver {
         let header = Header { num_buffers: self.buffers_for(bytes), ..frame.header };
         let mut at = 0u32;
         while at < bytes {
-            let Some(Held { chain, .. }) = self.held.pop_front() else { break };
+            let Some(chain) = self.held.pop_front() else { break };
             let mut buffer = chain.writer();
             self.room = self.room.saturating_sub(buffer.remaining().into());
             let len = buffer.remaining().min(bytes.saturating_sub(at));
@@ -334,7 +327,7 @@ impl Receiver {
             if left == 0 {
                 break;
             }
-            left = left.saturating_sub(held.chain.writer().remaining());
+            left = left.saturating_sub(held.writer().remaining());
             count = count.saturating_add(1);
         }
         count
@@ -343,14 +336,8 @@ impl Receiver {
     /// Puts unused buffers back where they were.
     fn give_back(&mut self, ring: &mut Ring) -> Result<(), Error> {
         self.room = 0;
-        while let Some(Held { chain, position }) = self.held.pop_back() {
-            if ring.state().next_available == position {
-                ring.undo(chain);
-            } else {
-                // A chain that made no sense was taken after this one; time cannot be turned back past it.
-                ring.complete(chain, 0)?;
-                ring.publish()?;
-            }
+        while let Some(chain) = self.held.pop_back() {
+            ring.undo(chain)?;
         }
         Ok(())
     }

@@ -151,7 +151,7 @@ impl Feed {
         while self.batch.len() > filled
             && let Some(chain) = self.batch.pop()
         {
-            ring.undo(chain);
+            ring.undo(chain)?;
         }
         if left == asked || filled > 1 {
             connection.burst = connection.burst.max(filled);

@@ -61,6 +61,10 @@ pub struct Ring {
     staged: Wrapping<u16>,
     /// Used index when the driver was last considered for a notification.
     considered: Wrapping<u16>,
+    /// How often this turn may still be prolonged by a driver that posts what is of no use.
+    patience: u16,
+    /// The turn ended before the driver's posts did.
+    unfinished: bool,
     buffers: Buffers,
     counters: RingCounters,
 }
@@ -95,6 +99,8 @@ impl Ring {
             in_flight: vec![false; state.size.into()],
             staged: Wrapping(0),
             considered: Wrapping(state.next_used),
+            patience: state.size,
+            unfinished: false,
             buffers: Buffers::default(),
             queue,
             options,
@@ -120,14 +126,30 @@ impl Ring {
         &self.memory
     }
 
+    /// Begins a turn: until the next one, at most one queue's worth of chains that make no sense is given
+    /// back. A driver could post them as fast as they come back, and a device would never be done.
+    pub fn begin_turn(&mut self) {
+        self.patience = self.queue.size();
+        self.unfinished = false;
+    }
+
+    /// Whether the ring claimed to be empty for the sake of others: come back after they had a turn.
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished
+    }
+
     /// The next chain the driver posted, checked as a whole. Chains that make no sense are given back on
-    /// the way, at most one queue's worth.
+    /// the way, as many as [the turn](Ring::begin_turn) allows.
     ///
     /// # Errors
     /// [`Error::Ring`] when the available ring itself is broken.
     pub fn pop(&mut self) -> Result<Option<Chain>, Error> {
         let index = self.available_index()?;
         while self.queue.next_avail() != index.0 {
+            if self.patience == 0 {
+                self.unfinished = true;
+                return Ok(None);
+            }
             let head = self.next_head()?;
             let table = Table {
                 address: GuestAddress(self.queue.desc_table()),
@@ -215,11 +237,19 @@ impl Ring {
     }
 
     /// Asks the driver for a kick on its next post. `true` if it has posted something already: look again.
+    /// Looking again counts as well, because an index that jumps to and fro promises chains that are not there.
     ///
     /// # Errors
     /// [`Error::Ring`] when ring memory cannot be accessed.
     pub fn enable_kicks(&mut self) -> Result<bool, Error> {
-        self.queue.enable_notification(self.memory.as_ref()).map_err(|_| self.broken(RingError::Placement))
+        if self.patience == 0 {
+            self.unfinished = true;
+            return Ok(false);
+        }
+        let posted = self.queue.enable_notification(self.memory.as_ref());
+        let posted = posted.map_err(|_| self.broken(RingError::Placement))?;
+        self.patience = self.patience.saturating_sub(posted.into());
+        Ok(posted)
     }
 
     /// Tells the driver that kicks are not needed for now (a hint).
@@ -275,7 +305,8 @@ impl Ring {
     }
 
     /// Counts and logs a chain that made no sense; the caller gives it back with length 0.
-    pub fn refuse(&self, error: ChainError) {
+    pub fn refuse(&mut self, error: ChainError) {
+        self.patience = self.patience.saturating_sub(1);
         self.counters.refused.one();
         log::warn!("queue {}: gave a chain back unused: {error}", self.options.index);
     }

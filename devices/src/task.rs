@@ -108,6 +108,7 @@ impl DeviceTask {
         if self.broken {
             return;
         }
+        self.rings.iter_mut().flatten().for_each(Ring::begin_turn);
         let mut tokens = DeviceTokens(watch);
         let mut io = Io {
             rings: &mut self.rings,
@@ -119,12 +120,14 @@ impl DeviceTask {
         if let Err(error) = call(self.device.as_mut(), &mut io) {
             return self.fail(&error, watch);
         }
-        for index in self.again.drain(..) {
-            if let Some(kick) = self.kicks.get(usize::from(index)) {
+        for (index, kick) in (0u16..).zip(&self.kicks) {
+            let ring = self.rings.get(usize::from(index)).and_then(Option::as_ref);
+            if self.again.contains(&index) || ring.is_some_and(Ring::is_unfinished) {
                 // Only fails when the counter is full, and then the event is set already.
                 let _ = kick.write(1);
             }
         }
+        self.again.clear();
     }
 
     /// The device cannot go on: it asks for a reset, and uses no CPU until it gets one.

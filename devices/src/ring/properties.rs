@@ -72,6 +72,7 @@ proptest! {
         let (mut posted, mut flying, mut returned) = (VecDeque::new(), Vec::<Chain>::new(), VecDeque::new());
         let mut last = None;
         for op in ops {
+            ring.begin_turn();
             match op {
                 Op::Post | Op::PostBad => {
                     if let Some(head) = free.pop() {

@@ -290,6 +290,55 @@ fn an_undone_chain_is_popped_again() {
 }
 
 #[test]
+fn chains_that_make_no_sense_and_never_end_end_the_turn() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0xfffe, false);
+    driver.describe(5, Descriptor { address: 0x1000, len: 4, flags: NEXT, next: SIZE });
+    for turn in 1..=3u16 {
+        ring.begin_turn();
+        let mut looks = 0;
+        loop {
+            // The driver takes its chain back and posts it again before the device has looked twice.
+            driver.offer(5);
+            assert!(ring.pop().unwrap().is_none());
+            driver.offer(5);
+            if !ring.enable_kicks().unwrap() {
+                break;
+            }
+            looks += 1;
+            assert!(looks <= SIZE, "the turn never ends");
+        }
+        assert!(ring.is_unfinished());
+        let given_back = std::iter::from_fn(|| driver.take()).count();
+        assert!((1..=usize::from(SIZE)).contains(&given_back), "{given_back} in turn {turn}");
+        driver.set_available_index(ring.state().next_available);
+    }
+    ring.begin_turn();
+    let posted = driver.post(&[], &[4]);
+    assert_eq!(serve(&mut ring, &Recorder::default()).unwrap(), Served::All);
+    assert_eq!(driver.take(), Some((posted.head, 4)));
+    assert!(!ring.is_unfinished());
+}
+
+#[test]
+fn an_index_that_jumps_to_and_fro_ends_the_turn() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 3, false);
+    let mut looks = 0;
+    loop {
+        driver.set_available_index(3);
+        assert!(ring.pop().unwrap().is_none());
+        driver.set_available_index(4);
+        if !ring.enable_kicks().unwrap() {
+            break;
+        }
+        looks += 1;
+        assert!(looks <= SIZE, "the turn never ends");
+    }
+    assert!(ring.is_unfinished());
+}
+
+#[test]
 fn a_chain_before_one_that_was_refused_is_given_back_and_not_undone() {
     let mut driver = driver(false);
     let mut ring = ring_at(&mut driver, 0xfffe, false);

@@ -2,7 +2,7 @@
 //!
 //! The ring owns the etiquette, decided once for every device. A chain that makes no sense is given back
 //! with length 0 and counted. A ring that makes no sense is an error: the device asks for a reset. No
-//! driver input can end, hang or grow the process: each call handles at most one queue's worth of chains.
+//! driver input can end, hang or grow the process: each turn handles at most one queue's worth of chains.
 
 #[cfg(test)]
 mod properties;
@@ -13,6 +13,7 @@ mod tests;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
 
@@ -30,6 +31,11 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 const INDEX_OFFSET: u64 = 2;
 const ENTRIES_OFFSET: u64 = 4;
 
+/// Longest turn, and the chain that is being worked at when it is over. Whoever wants the device back waits for it.
+const TURN_TIME: Duration = Duration::from_millis(10);
+/// Chains between two looks at the clock where each is quick.
+const QUICK_CHAINS: u16 = 16;
+
 /// When [`Ring::serve`] tells the driver: after each chain (a slow back end) or once it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notify {
@@ -45,7 +51,7 @@ pub enum Notify {
 pub enum Served {
     /// The driver has posted nothing more and will kick when it does.
     All,
-    /// A full queue's worth was handled and more waits: come back after the other devices had a turn.
+    /// A full queue's worth was handled, or time is up: come back after the other devices had a turn.
     More,
 }
 
@@ -274,7 +280,9 @@ impl Ring {
         mut device: impl FnMut(&Chain) -> Result<u32, Error>,
     ) -> Result<Served, Error> {
         self.disable_kicks()?;
-        for _ in 0..self.queue.size() {
+        let begun = Instant::now();
+        let stride = if notify == Notify::Each { 1 } else { QUICK_CHAINS };
+        for served in 1..=self.queue.size() {
             let Some(chain) = self.pop()? else {
                 self.notify(interrupt)?;
                 if self.enable_kicks()? {
@@ -298,6 +306,9 @@ impl Ring {
             }
             if let Err(error @ (Error::Ring { .. } | Error::Device { .. })) = answer {
                 return Err(error);
+            }
+            if served.is_multiple_of(stride) && begun.elapsed() >= TURN_TIME {
+                break;
             }
         }
         self.notify(interrupt)?;

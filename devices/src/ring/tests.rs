@@ -290,6 +290,25 @@ fn an_undone_chain_is_popped_again() {
 }
 
 #[test]
+fn a_slow_back_end_ends_the_turn_before_the_queue_does() {
+    let mut driver = driver(false);
+    let mut ring = ring_at(&mut driver, 0, false);
+    let recorder = Recorder::default();
+    for _ in 0..3 {
+        driver.post(&[], &[4]);
+    }
+    for turn in 1..=3 {
+        let slow = |_: &Chain| {
+            std::thread::sleep(super::TURN_TIME);
+            Ok(4)
+        };
+        assert_eq!(ring.serve(&recorder, Notify::Each, slow).unwrap(), Served::More);
+        assert_eq!((driver.used_index(), recorder.queue_count(0)), (turn, turn.into()));
+    }
+    assert_eq!(serve(&mut ring, &recorder).unwrap(), Served::All);
+}
+
+#[test]
 fn chains_that_make_no_sense_and_never_end_end_the_turn() {
     let mut driver = driver(false);
     let mut ring = ring_at(&mut driver, 0xfffe, false);

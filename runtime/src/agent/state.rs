@@ -69,10 +69,22 @@ impl Shared {
                 }
             }
         });
-        if matches!(answered, Err(Error::Deadline { .. })) {
-            self.lock().calls.insert(id, Call::Ignored);
+        match answered {
+            Err(error @ Error::Deadline { .. }) => Ok(self.give_up(id).ok_or(error)??),
+            answered => Ok(answered??),
         }
-        Ok(answered??)
+    }
+
+    /// No longer waits for the answer to a request, unless it has come by now: its place would stay taken.
+    fn give_up(&self, id: u64) -> Option<Result<Reply, Failure>> {
+        let mut state = self.lock();
+        match state.calls.remove(&id)? {
+            Call::Answered(answer) => Some(answer),
+            Call::Waiting | Call::Ignored => {
+                state.calls.insert(id, Call::Ignored);
+                None
+            }
+        }
     }
 
     /// Expects streams with these tokens.
@@ -230,6 +242,15 @@ mod tests {
         shared.begin_call(1, false).unwrap();
         assert!(matches!(shared.await_answer(1, SOON), Err(Error::Deadline { .. })));
         shared.take(answer(1)).unwrap();
+        assert!(shared.lock().calls.is_empty());
+    }
+
+    #[test]
+    fn an_answer_that_comes_with_the_deadline_counts_and_frees_its_place() {
+        let shared = Shared::default();
+        shared.begin_call(1, false).unwrap();
+        shared.take(answer(1)).unwrap();
+        assert!(matches!(shared.give_up(1), Some(Ok(Reply::Done))));
         assert!(shared.lock().calls.is_empty());
     }
 

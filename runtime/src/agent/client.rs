@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Read},
     os::unix::net::UnixStream,
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,6 +24,7 @@ use super::{
     link::{Link, StreamSource},
     listener::io_error,
     state::Shared,
+    writing::write_within,
 };
 
 /// Time for an ordinary call.
@@ -131,8 +132,6 @@ impl AgentClient {
         }
         let what = "cannot prepare the control connection";
         control.set_read_timeout(None).map_err(io_error(what))?;
-        // A guest that does not read must not stop its callers for ever.
-        control.set_write_timeout(Some(CALL_TIME)).map_err(io_error(what))?;
         let writer = control.try_clone().map_err(io_error(what))?;
         let (stop, _stop) =
             pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|errno| io_error(what)(errno.into()))?;
@@ -292,8 +291,8 @@ impl AgentClient {
     /// not be understood.
     fn write(&self, message: &HostMessage) -> Result<()> {
         let frame = encode(message)?;
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.write_all(&frame).map_err(|source| {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        write_within(&writer, &frame, CALL_TIME).map_err(|source| {
             let _ = writer.shutdown(std::net::Shutdown::Both);
             Error::Io { what: "cannot write to the guest's agent".to_owned(), source }
         })

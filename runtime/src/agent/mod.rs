@@ -13,6 +13,7 @@ mod error;
 mod link;
 mod listener;
 mod state;
+mod writing;
 #[cfg(test)]
 mod tests;
 

@@ -13,9 +13,9 @@ mod error;
 mod link;
 mod listener;
 mod state;
-mod writing;
 #[cfg(test)]
 mod tests;
+mod writing;
 
 pub use client::{AgentClient, Process, ProcessSpec, StdioSpec};
 pub use error::{Error, Result};

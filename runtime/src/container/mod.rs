@@ -35,6 +35,8 @@ const UPPER_SERIAL: &str = "upper";
 const AGENT_TIME: Duration = Duration::from_secs(60);
 /// Time processes get between being asked to end and being killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// Time a guest gets after that to write its disk back and power off. One that lies about it gets no more.
+const END_TIME: Duration = Duration::from_secs(60);
 /// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
 pub const CMDLINE: &str = "quiet noreplace-smp rcupdate.rcu_expedited=1 \
      initcall_blacklist=slab_late_init,param_sysfs_builtin_init";
@@ -138,7 +140,7 @@ impl Container {
             self.agent
                 .shut_down(ShutdownMode::PowerOff, GRACE)
                 .context(|| "cannot have the guest shut down".to_owned())?;
-            return self.machine.wait().map(drop);
+            return self.machine.wait_at_most(GRACE + END_TIME).map(drop);
         }
         self.machine.kill()
     }

@@ -1,6 +1,7 @@
 //! A machine that runs: what it tells, what its agent is reached by, how it ends.
 
 use std::io::{PipeReader, PipeWriter};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use mvm_protocol::Identity;
@@ -8,6 +9,7 @@ use mvm_vmm::config::MachineId;
 use mvm_vmm::exit::Exit;
 use mvm_vmm::launch::{Child, Ended};
 use mvm_vmm::status::{Event, Stages};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 
 use super::calls::Calls;
@@ -129,6 +131,32 @@ impl Machine {
         }
     }
 
+    /// Waits until the machine has ended, but no longer than `time`: a guest that was asked to power off may
+    /// not. It is killed then.
+    ///
+    /// # Errors
+    /// As [`Machine::wait`], or it had to be killed.
+    pub fn wait_at_most(&mut self, time: Duration) -> Result<Exit, Failure> {
+        let end = Instant::now() + time;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let mut ended = [PollFd::new(self.child.pidfd.as_fd(), PollFlags::POLLIN)];
+            let timeout =
+                PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX);
+            match poll(&mut ended, timeout) {
+                Ok(1..) => return self.wait(),
+                Ok(_) | Err(nix::errno::Errno::EINTR) if !left.is_zero() => {}
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {
+                    self.kill()?;
+                    return Err(Failure::new(format!("machine {} did not end within {time:?}", self.id)));
+                }
+                Err(error) => {
+                    return Err(Failure::because(format!("cannot wait for machine {}", self.id), error));
+                }
+            }
+        }
+    }
+
     /// Ends the machine now, without asking the guest.
     ///
     /// # Errors
@@ -222,5 +250,61 @@ fn describe(ended: &Ended) -> String {
         Ended::FailedToStart => "it could not start and did not say why".to_owned(),
         Ended::Code(code) => format!("its process exited with {code}"),
         Ended::Signal(signal) => format!("signal {signal} killed its process"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
+    use mvm_devices::fd::FdSlot;
+    use mvm_vmm::config::{Boot, MachineConfig};
+    use mvm_vmm::launch::{Files, Launch};
+
+    use super::*;
+
+    /// A machine whose process is `program`. Its argument is the number of files: what it makes of that is its own.
+    fn machine(program: &str, files: usize) -> Machine {
+        let id: MachineId = "m".parse().unwrap();
+        let boot = Boot {
+            kernel: FdSlot(4),
+            initrd: None,
+            cmdline: Default::default(),
+            protocol: Default::default(),
+            image: Default::default(),
+        };
+        let config = MachineConfig {
+            id: id.clone(),
+            cpus: Default::default(),
+            memory: Default::default(),
+            kvm: FdSlot(4),
+            boot,
+            devices: Vec::new(),
+            serial: None,
+            status: None,
+            control: None,
+        };
+        let mut passed = Files::default();
+        for _ in 0..files {
+            passed.add(File::open("/dev/null").unwrap());
+        }
+        let launch = Launch { config, files: passed, stderr: None };
+        Machine::new(id, launch.spawn_program(Path::new(program)).unwrap(), 0, None, None)
+    }
+
+    #[test]
+    fn a_guest_that_does_not_power_off_is_killed_when_its_time_is_up() {
+        let mut machine = machine("/bin/sleep", 60);
+        let begun = Instant::now();
+        let failure = machine.wait_at_most(Duration::from_millis(50)).unwrap_err();
+        assert!(failure.report().contains("did not end within 50ms"), "{}", failure.report());
+        assert!(begun.elapsed() < Duration::from_secs(30), "it was waited for");
+    }
+
+    #[test]
+    fn a_guest_that_powers_off_in_time_is_not_killed() {
+        let ended = machine("/bin/true", 0).wait_at_most(Duration::from_secs(60));
+        assert_eq!(ended.unwrap(), Exit::Shutdown);
     }
 }

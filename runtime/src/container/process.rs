@@ -1,5 +1,7 @@
 //! The process of a container: what the image says, what the user says instead, and what becomes of it.
 
+use std::collections::HashSet;
+
 use mvm_protocol::{FailureKind, PidNamespace, User};
 
 use super::ROOT;
@@ -67,16 +69,15 @@ impl Overrides {
 
     /// The image's variables, then the user's, the last of a name wins; with the few that programs expect.
     fn environment(&self, image: &ImageConfig, terminal: bool) -> Vec<String> {
-        let mut env: Vec<String> = vec![DEFAULT_PATH.to_owned()];
-        if terminal {
-            env.push("TERM=xterm".to_owned());
-        }
-        for variable in image.env.iter().chain(&self.env) {
-            let name = variable.split('=').next().unwrap_or_default();
-            env.retain(|other| other.split('=').next() != Some(name));
-            env.push(variable.clone());
-        }
-        env
+        let expected = [DEFAULT_PATH].into_iter().chain(terminal.then_some("TERM=xterm"));
+        let given = image.env.iter().chain(&self.env).map(String::as_str);
+        let all: Vec<_> = expected.chain(given).collect();
+        // From the last to the first: an image may have hundreds of thousands, so none is searched for.
+        let mut names = HashSet::new();
+        let mut env: Vec<_> =
+            all.into_iter().rev().filter(|text| names.insert(text.split('=').next())).collect();
+        env.reverse();
+        env.into_iter().map(str::to_owned).collect()
     }
 }
 
@@ -137,6 +138,16 @@ mod tests {
         let spec = Overrides::default().process(&bare, STDIO).unwrap();
         assert_eq!(spec.env, [DEFAULT_PATH]);
         assert_eq!(spec.cwd, "/");
+    }
+
+    #[test]
+    fn an_image_with_as_many_variables_as_fit_does_not_keep_anybody_waiting() {
+        let env: Vec<String> = (0..500_000).map(|n| format!("{n:x}")).collect();
+        let image = ImageConfig { cmd: vec!["x".into()], env: env.clone(), ..Default::default() };
+        let begun = std::time::Instant::now();
+        let spec = Overrides::default().process(&image, STDIO).unwrap();
+        assert_eq!((spec.env.len(), spec.env.last()), (env.len() + 1, env.last()));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(10), "{:?}", begun.elapsed());
     }
 
     #[test]

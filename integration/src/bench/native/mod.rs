@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::stats::Pairs;
 use super::{Bound, Figure, Wanted};
-use subject::{Running, Setup, Subject};
+use subject::{Setup, Subject};
 
 /// Blocks of ours, peer, peer, ours: two pairs each.
 const FLOOR_BLOCKS: usize = 20;
@@ -44,29 +44,44 @@ pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
 /// As [`figures`].
 pub fn floor_start_ms() -> io::Result<f64> {
     let setup = Setup::new()?;
-    Subject::Floor.start(&setup)?.end()?;
-    let running = Subject::Floor.start(&setup)?;
-    Ok(ms(running.own_ns.unwrap_or(0)))
+    Life::of(Subject::Floor, &setup)?;
+    Ok(Life::of(Subject::Floor, &setup)?.own_ms)
 }
 
-/// Starts and ends machines of ours and of a peer's, interleaved, so that both meet the same load.
+/// One machine: how long it took to start and to end.
+#[derive(Clone, Copy, Debug)]
+struct Life {
+    /// To the first instruction, by the program's own stamp if it has one.
+    own_ms: f64,
+    /// To the first instruction, as this process saw it.
+    seen_ms: f64,
+    end_ms: f64,
+}
+
+impl Life {
+    fn of(subject: Subject, setup: &Setup) -> io::Result<Self> {
+        let running = subject.start(setup)?;
+        let (own_ms, seen_ms) = (ms(running.own_ns.unwrap_or(running.seen_ns)), ms(running.seen_ns));
+        Ok(Self { own_ms, seen_ms, end_ms: ms(running.end()?) })
+    }
+}
+
+/// One machine after the other: ours, peer, peer, ours, so that both meet the same load. Calls `pair` with
+/// ours and the peer's.
 fn interleave(
     setup: &Setup,
     peer: Subject,
     blocks: usize,
-    mut pair: impl FnMut(Running, Running) -> io::Result<()>,
+    mut pair: impl FnMut(Life, Life),
 ) -> io::Result<()> {
     // Once each, so that files are in memory.
-    Subject::Mvm.start(setup)?.end()?;
-    peer.start(setup)?.end()?;
-    let hold = |first: Subject, second: Subject| -> io::Result<(Running, Running)> {
-        Ok((first.start(setup)?, second.start(setup)?))
-    };
+    Life::of(Subject::Mvm, setup)?;
+    Life::of(peer, setup)?;
     for _ in 0..blocks {
-        let (ours, theirs) = hold(Subject::Mvm, peer)?;
-        pair(ours, theirs)?;
-        let (theirs, ours) = hold(peer, Subject::Mvm)?;
-        pair(ours, theirs)?;
+        let ours = Life::of(Subject::Mvm, setup)?;
+        pair(ours, Life::of(peer, setup)?);
+        let theirs = Life::of(peer, setup)?;
+        pair(Life::of(Subject::Mvm, setup)?, theirs);
     }
     Ok(())
 }
@@ -74,10 +89,8 @@ fn interleave(
 fn against_floor(setup: &Setup) -> io::Result<Vec<Figure>> {
     let (mut starts, mut ends) = (Pairs::default(), Pairs::default());
     interleave(setup, Subject::Floor, FLOOR_BLOCKS, |ours, floor| {
-        let own = |running: &Running| ms(running.own_ns.unwrap_or(0));
-        starts.add(own(&ours), own(&floor));
-        ends.add(ms(ours.end()?), ms(floor.end()?));
-        Ok(())
+        starts.add(ours.own_ms, floor.own_ms);
+        ends.add(ours.end_ms, floor.end_ms);
     })?;
     let (ours, floor) = starts.medians();
     let start = Figure::new(
@@ -106,9 +119,7 @@ fn against_floor(setup: &Setup) -> io::Result<Vec<Figure>> {
 fn against_qemu(setup: &Setup) -> io::Result<Figure> {
     let mut starts = Pairs::default();
     interleave(setup, Subject::Qemu, QEMU_BLOCKS, |ours, qemu| {
-        starts.add(ms(ours.seen_ns), ms(qemu.seen_ns));
-        ours.end()?;
-        qemu.end().map(drop)
+        starts.add(ours.seen_ms, qemu.seen_ms);
     })?;
     let (ours, qemu) = starts.medians();
     Ok(Figure::new(

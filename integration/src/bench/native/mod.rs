@@ -5,6 +5,7 @@ mod pvh;
 mod subject;
 
 use std::io;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::stats::Pairs;
@@ -23,6 +24,7 @@ const TIME: Duration = Duration::from_secs(600);
 /// A program is missing or a machine does not start.
 pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     let setup = Setup::new()?;
+    let _urgent = Urgent::new();
     let _bound = Bound::new("measuring on this machine", TIME, subject::kill_all);
     let mut figures = Vec::new();
     if wanted.has("native.start_over_floor") || wanted.has("native.teardown_ms") {
@@ -46,6 +48,33 @@ pub fn floor_start_ms() -> io::Result<f64> {
     let setup = Setup::new()?;
     Life::of(Subject::Floor, &setup)?;
     Ok(Life::of(Subject::Floor, &setup)?.own_ms)
+}
+
+/// While it exists this process and all it starts go before others, ours and peers alike, if the host allows
+/// it: a wait for a busy neighbour is as long as a start.
+struct Urgent;
+
+impl Urgent {
+    fn new() -> Self {
+        set_niceness("-20");
+        Self
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        set_niceness("0");
+    }
+}
+
+fn set_niceness(value: &str) {
+    let mut renice = Command::new("renice");
+    renice
+        .args(["-n", value, "-p", &std::process::id().to_string()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // Without the right to it, or without the program, neighbours are met as they are.
+    let _ = renice.status();
 }
 
 /// One machine: how long it took to start and to end.
@@ -98,7 +127,7 @@ fn against_floor(setup: &Setup) -> io::Result<Vec<Figure>> {
         starts.ratio(),
         "x",
         "spawn to first guest instruction (both stamp it themselves on CLOCK_MONOTONIC), flat guest, 128 MiB: median \
-         of the ratios of 40 pairs, interleaved ours-floor-floor-ours",
+         of the ratios of 40 pairs, one machine at a time, ours-floor-floor-ours, all at niceness -20 if allowed",
     )
     .peer("mvm_ms", ours)
     .peer("floor_ms", floor)
@@ -127,7 +156,7 @@ fn against_qemu(setup: &Setup) -> io::Result<Figure> {
         starts.ratio(),
         "x",
         "spawn until the parent has read the report of the first guest instruction, flat guest, 128 MiB, against \
-         qemu -M microvm with everything optional off: median of the ratios of 20 pairs, interleaved",
+         qemu -M microvm with everything optional off: median of the ratios of 20 pairs, order and niceness as against the floor",
     )
     .peer("mvm_ms", ours)
     .peer("qemu_ms", qemu)

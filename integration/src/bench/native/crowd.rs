@@ -16,7 +16,7 @@ const MACHINES: usize = 200;
 /// QEMU takes fewer: a hundred times the memory and time.
 const QEMU_MACHINES: usize = 20;
 /// Crowds of each.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 6;
 
 /// One crowd's measurements.
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +93,8 @@ pub(super) fn figures(setup: &Setup) -> io::Result<Vec<Figure>> {
         "native.memory_per_vm_kb",
         memory(&ours),
         "kB",
-        "MemAvailable taken by 200 idle machines with a flat guest and given back by their end, over 200: median of 8 \
-         (4 crowds), alternating with the floor's; QEMU 20 machines, once",
+        "MemAvailable taken by 200 idle machines with a flat guest and given back by their end, over 200: median of 12 \
+         (6 crowds), alternating with the floor's; QEMU 20 machines, once",
     )
     .peer("floor", memory(&floors))
     .peer("qemu", memory(&[qemu]))
@@ -104,7 +104,7 @@ pub(super) fn figures(setup: &Setup) -> io::Result<Vec<Figure>> {
         rate(&ours),
         "1/s",
         "200 machines started by two threads, each waiting for a machine's first instruction before its next: median \
-         of 4 crowds, alternating with the floor's; QEMU 20 machines, once",
+         of 6 crowds, alternating with the floor's; QEMU 20 machines, once",
     )
     .peer("floor", rate(&floors))
     .peer("qemu", rate(&[qemu]))

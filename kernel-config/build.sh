@@ -11,7 +11,7 @@ readonly COMMON=(base kvm-guest virtio filesystems containers network integrity 
 readonly SOURCE=${MVM_KERNEL_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
 readonly CACHE=${MVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mvm}/kernel
 # How many objects a build compiles, for the percentage alone.
-readonly STEPS=1400
+readonly STEPS=1470
 
 variant=smp jobs=$(nproc) out='' action=build
 
@@ -57,7 +57,7 @@ check_tools() {
         cmp:diffutils flock:util-linux; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done
-    [ -r "$SOURCE" ] || missing+=(linux-source-6.12)
+    [ -f "$SOURCE" ] && [ -r "$SOURCE" ] || missing+=(linux-source-6.12)
     # objtool reads and writes the objects with libelf.
     if command -v gcc >/dev/null; then
         echo '#include <gelf.h>' | gcc -E -x c - >/dev/null 2>&1 || missing+=(libelf-dev)
@@ -115,10 +115,12 @@ key() {
     } | sha256sum | cut -c1-32
 }
 
-# Runs make as it would run on any machine: nothing of the caller's environment but the search path.
+# Runs make as it would run on any machine: nothing of the caller's environment but the search path, and none of the
+# tools that the kernel's configuration looks for without need.
 kmake() {
-    env -i PATH="$PATH" HOME=/nonexistent LC_ALL=C TZ=UTC nice -n 5 make --no-print-directory -C "$tree" O="$work/build" \
-        KBUILD_BUILD_USER=mvm KBUILD_BUILD_HOST=mvm KBUILD_BUILD_VERSION=1 KBUILD_BUILD_TIMESTAMP="$timestamp" "$@"
+    env -i PATH="$PATH" HOME="$work" LC_ALL=C TZ=UTC nice -n 5 make --no-print-directory -C "$tree" O="$work/build" \
+        RUSTC=false BINDGEN=false PAHOLE=false KBUILD_BUILD_USER=mvm KBUILD_BUILD_HOST=mvm \
+        KBUILD_BUILD_VERSION=1 KBUILD_BUILD_TIMESTAMP="$timestamp" "$@"
 }
 
 # The source is unpacked once and shared by all variants.
@@ -209,11 +211,14 @@ publish() {
     } >"$result/version"
     rm -rf "$target"
     mv "$result" "$target"
-    phase ready "$(size "$target/vmlinux" 2>/dev/null | awk 'NR == 2 { printf "text %d kB, data %d kB, bss %d kB", $1 / 1024, $2 / 1024, $3 / 1024 }')"
+    phase ready "$(size "$target/vmlinux" |
+        awk 'NR == 2 { printf "text %d kB, data %d kB, bss %d kB", $1 / 1024, $2 / 1024, $3 / 1024 }')"
 }
 
 build() {
     local target=$1
+    # What a killed build left behind.
+    find "$CACHE" -maxdepth 1 -name '.work.*' -mmin +1440 -exec rm -rf {} +
     work=$(mktemp -d "$CACHE/.work.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     unpack
@@ -226,7 +231,7 @@ build() {
 main() {
     parse "$@"
     check_tools
-    mkdir -p "$CACHE"
+    mkdir -p "$CACHE/locks"
     local id target
     id=$(key)
     target=$CACHE/$id
@@ -234,7 +239,7 @@ main() {
         print-key) printf '%s\n' "$id"; return ;;
         print-config) build ''; return ;;
     esac
-    exec 9>"$CACHE/$id.lock"
+    exec 9>"$CACHE/locks/$id"
     flock -n 9 || { say "another build of this kernel is running: waiting for it"; flock 9; }
     [ -e "$target/vmlinux" ] || build "$target"
     if [ -n "$out" ]; then

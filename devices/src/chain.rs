@@ -13,7 +13,8 @@ use virtio_queue::desc::split::Descriptor;
 
 use crate::error::ChainError;
 use crate::memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory, VolatileSlice,
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, Memory,
+    VolatileSlice,
 };
 
 /// Bytes of a descriptor (§2.7.5).
@@ -55,6 +56,8 @@ pub struct Chain {
     head: u16,
     segments: Vec<Segment>,
     readable: usize,
+    readable_bytes: u32,
+    writable_bytes: u32,
     memory: Arc<Memory>,
     /// Where its ring stood once it was taken.
     pub(crate) position: u16,
@@ -72,10 +75,14 @@ impl Chain {
         segments.clear();
         buffers.table.clear();
         let copied = &mut buffers.table;
-        let mut walk = Walk { memory, copied, limit: table.size, total: 0, steps: 0, readable: None };
+        let mut walk =
+            Walk { memory, copied, limit: table.size, total: 0, steps: 0, readable: None, region: (0, 0) };
         match walk.run(table, head, &mut segments) {
-            Ok(readable) => {
-                Ok(Self { head, segments, readable, memory: Arc::clone(memory), position: table.position })
+            Ok(()) => {
+                let (readable, readable_bytes) = walk.readable.unwrap_or((segments.len(), walk.total));
+                let writable_bytes = walk.total.saturating_sub(readable_bytes);
+                let (memory, position) = (Arc::clone(memory), table.position);
+                Ok(Self { head, segments, readable, readable_bytes, writable_bytes, memory, position })
             }
             Err(error) => {
                 buffers.segments.push(segments);
@@ -91,12 +98,14 @@ impl Chain {
 
     /// A cursor over the buffers the device may read.
     pub fn reader(&self) -> Cursor<'_> {
-        Cursor::new(&self.memory, self.segments.get(..self.readable).unwrap_or_default())
+        let segments = self.segments.get(..self.readable).unwrap_or_default();
+        Cursor::new(&self.memory, segments, self.readable_bytes)
     }
 
     /// A cursor over the buffers the device may write.
     pub fn writer(&self) -> Cursor<'_> {
-        Cursor::new(&self.memory, self.segments.get(self.readable..).unwrap_or_default())
+        let segments = self.segments.get(self.readable..).unwrap_or_default();
+        Cursor::new(&self.memory, segments, self.writable_bytes)
     }
 
     /// Gives the segment buffer back for reuse.
@@ -113,13 +122,14 @@ struct Walk<'a> {
     limit: u16,
     total: u32,
     steps: u16,
-    /// Count of readable segments, fixed by the first writable descriptor.
-    readable: Option<usize>,
+    /// Count of readable segments and their bytes, fixed by the first writable descriptor.
+    readable: Option<(usize, u32)>,
+    /// Bounds of the region the last buffer was in: the next one mostly is too.
+    region: (u64, u64),
 }
 
 impl Walk<'_> {
-    /// Returns how many of `segments` are readable.
-    fn run(&mut self, table: Table, head: u16, segments: &mut Vec<Segment>) -> Result<usize, ChainError> {
+    fn run(&mut self, table: Table, head: u16, segments: &mut Vec<Segment>) -> Result<(), ChainError> {
         let mut table = table;
         let mut index = head;
         loop {
@@ -136,7 +146,7 @@ impl Walk<'_> {
             self.step()?;
             self.take(descriptor, segments)?;
             if !descriptor.has_next() {
-                return Ok(self.readable.unwrap_or(segments.len()));
+                return Ok(());
             }
             index = descriptor.next();
         }
@@ -196,7 +206,7 @@ impl Walk<'_> {
     fn take(&mut self, descriptor: Descriptor, segments: &mut Vec<Segment>) -> Result<(), ChainError> {
         let len = descriptor.len();
         if descriptor.is_write_only() {
-            self.readable.get_or_insert(segments.len());
+            self.readable.get_or_insert((segments.len(), self.total));
         } else if self.readable.is_some() {
             return Err(ChainError::Order);
         }
@@ -210,11 +220,15 @@ impl Walk<'_> {
     }
 
     /// The range must lie in one region: regions are what can be mapped, and a hole lies between them.
-    fn inside(&self, address: GuestAddress, len: u32) -> Result<(), ChainError> {
+    fn inside(&mut self, address: GuestAddress, len: u32) -> Result<(), ChainError> {
         let bad = ChainError::Address { address: address.raw_value(), len };
-        let (region, offset) = self.memory.to_region_addr(address).ok_or(bad)?;
-        let end = offset.raw_value().checked_add(len.into()).ok_or(bad)?;
-        if end > region.len() { Err(bad) } else { Ok(()) }
+        let end = address.raw_value().checked_add(len.into()).ok_or(bad)?;
+        if address.raw_value() < self.region.0 || address.raw_value() >= self.region.1 {
+            let region = self.memory.find_region(address).ok_or(bad)?;
+            let start = region.start_addr().raw_value();
+            self.region = (start, start.checked_add(region.len()).ok_or(bad)?);
+        }
+        if end > self.region.1 { Err(bad) } else { Ok(()) }
     }
 }
 
@@ -232,9 +246,8 @@ pub struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn new(memory: &'a Memory, segments: &'a [Segment]) -> Self {
-        // The walk bounded the sum below 2^32.
-        let remaining = segments.iter().fold(0u32, |sum, s| sum.saturating_add(s.len));
+    /// `remaining` is the sum of the segments' lengths.
+    fn new(memory: &'a Memory, segments: &'a [Segment], remaining: u32) -> Self {
         Self { memory, segments, offset: 0, remaining, passed: 0 }
     }
 
@@ -252,6 +265,8 @@ impl<'a> Cursor<'a> {
     /// [`Cursor::skip`] of what was done.
     pub fn slices(&self, max: u32) -> impl Iterator<Item = VolatileSlice<'a>> + use<'a> {
         let (memory, mut offset, mut left) = (self.memory, self.offset, max.min(self.remaining));
+        // The region of the last buffer: the next one mostly lies there too.
+        let mut region: Option<&GuestRegionMmap> = None;
         self.segments.iter().map_while(move |segment| {
             let len = segment.len.saturating_sub(offset).min(left);
             let at = segment.address.checked_add(offset.into())?;
@@ -260,7 +275,12 @@ impl<'a> Cursor<'a> {
             if len == 0 {
                 return None;
             }
-            memory.get_slice(at, usize::try_from(len).ok()?).ok()
+            let here = match region.and_then(|last| last.to_region_addr(at).map(|place| (last, place))) {
+                Some(here) => here,
+                None => memory.to_region_addr(at)?,
+            };
+            region = Some(here.0);
+            here.0.get_slice(here.1, usize::try_from(len).ok()?).ok()
         })
     }
 

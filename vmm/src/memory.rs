@@ -11,6 +11,9 @@ use crate::config::MemSize;
 use crate::error::{Error, Result};
 use crate::layout::{self, PAGE_SIZE};
 
+/// Bytes of a huge page.
+pub(crate) const HUGE_PAGE: u64 = 2 << 20;
+
 /// Makes `size` of zeroed RAM. Pages cost nothing until they are touched.
 pub(crate) fn create(size: MemSize) -> Result<Memory> {
     let ranges: Vec<_> = layout::ram_regions(size.bytes())
@@ -50,6 +53,15 @@ pub(crate) fn map_file(memory: &Memory, file: &File, offset: u64, at: u64, lengt
         )
     };
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Backs the huge page around guest address `at` by small pages, for a block of which little will be touched.
+/// A hint: without it the machine takes up to 2 MiB more.
+pub(crate) fn small_pages_around(memory: &Memory, at: u64) {
+    let start = at & !(HUGE_PAGE - 1);
+    let Ok(slice) = memory.get_slice(GuestAddress(start), HUGE_PAGE as usize) else { return };
+    // SAFETY: the slice vouches for a live mapping of that length; the advice changes no byte of it.
+    let _ = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_NOHUGEPAGE) };
 }
 
 /// Reads exactly `length` bytes of `file` from `offset` into guest memory at `at`.

@@ -21,7 +21,7 @@ pub use acpi::Platform;
 
 use crate::config::{Image, Protocol};
 use crate::layout::{self, PAGE_SIZE};
-use crate::memory::{map_file, read_file};
+use crate::memory::{HUGE_PAGE, map_file, read_file, small_pages_around};
 
 /// Largest kernel image, and most memory a kernel may ask for.
 pub const MAX_KERNEL_BYTES: u64 = 128 << 20;
@@ -184,6 +184,10 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
         images.initrd.map(|file| regular_size(file, "initial RAM disk", MAX_INITRD_BYTES)).transpose()?;
     let room = Room { ram, image: images.image, initrd: initrd_bytes.unwrap_or(0) };
     let kernel = load_kernel(memory, images.kernel, kernel_bytes, room)?;
+    if kernel.end & (HUGE_PAGE - 1) != 0 {
+        // Of the block the kernel ends in, its end is touched and, at boot, little else.
+        small_pages_around(memory, kernel.end);
+    }
     let initrd = images.initrd.map(|file| load_initrd(memory, file, room, &kernel)).transpose()?;
     let cmdline = cmdline::complete(images.cmdline, platform)?;
     write(memory, layout::CMDLINE, cmdline.as_bytes(), "command line")?;

@@ -1,12 +1,13 @@
 //! Log lines to standard error, limited per call site: what a guest can cause it must not be able to flood.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{LevelFilter, Log, Metadata, Record};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Lines a call site may write per [`PERIOD`].
 const LINES: u32 = 10;
@@ -67,11 +68,23 @@ impl Log for Sink {
             line.push_str(&format!(" ({suppressed} more like this were suppressed)"));
         }
         line.push('\n');
-        // One write, so that lines of several machines do not mix; if nobody reads, nobody misses it.
-        let _ = std::io::stderr().write(line.as_bytes());
+        if !write_if_room(std::io::stderr().as_fd(), line.as_bytes()) {
+            SUPPRESSED.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     fn flush(&self) {}
+}
+
+/// Writes a line, unless its reader is behind: a guest brings lines about, and must not bring its machine's
+/// threads to wait for a reader that never comes. Tells whether there was room.
+fn write_if_room(to: BorrowedFd<'_>, line: &[u8]) -> bool {
+    let mut ready = [PollFd::new(to, PollFlags::POLLOUT)];
+    if poll(&mut ready, PollTimeout::ZERO) != Ok(1) {
+        return false;
+    }
+    // One write, so that lines of several machines do not mix. A pipe with room takes a page, which is more.
+    nix::unistd::write(to, line).is_ok()
 }
 
 /// Cuts `line` to `max` bytes, or a little less rather than inside a character.
@@ -119,6 +132,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_reader_that_does_not_come_costs_lines_and_no_time() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let line = [b'x'; MAX_LINE_BYTES];
+        let written = (0..10_000).take_while(|_| write_if_room(writer.as_fd(), &line)).count();
+        assert!((1..10_000).contains(&written), "{written}");
+        drop(reader);
+    }
 
     proptest! {
         #[test]

@@ -9,8 +9,10 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::SigSet;
@@ -148,6 +150,22 @@ impl Events {
     /// The descriptor that is readable when there is an event.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.get_ref().as_fd()
+    }
+
+    /// Waits for the next event, or the end, no longer than `time`. Tells whether there is one.
+    pub fn wait(&self, time: Duration) -> io::Result<bool> {
+        let end = Instant::now() + time;
+        while self.0.buffer().is_empty() {
+            let left = end.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(1..) => break,
+                Ok(_) | Err(nix::errno::Errno::EINTR) if left >= Duration::from_millis(1) => {}
+                Ok(_) | Err(nix::errno::Errno::EINTR) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
     }
 }
 

@@ -1,11 +1,15 @@
 //! When each stage of a container's start was reached.
 
 use std::fmt;
+use std::time::Duration;
 
 use mvm_vmm::status::now;
 
 use crate::failure::Failure;
 use crate::machine::Machine;
+
+/// Time for events that are on their way.
+const EVENT_TIME: Duration = Duration::from_secs(1);
 
 /// Stages with their times on CLOCK_MONOTONIC, in nanoseconds, the first being the machine's start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +28,7 @@ impl Timeline {
     /// Adds what the machine told of its own start.
     pub(super) fn machine(&mut self, machine: &mut Machine) -> Result<(), Failure> {
         // The agent has called, so these events are on their way or here.
-        while machine.first_exit().is_none() && machine.next_event()?.is_some() {}
+        machine.hear_of_start(EVENT_TIME)?;
         if let Some(stages) = machine.stages() {
             self.0.extend([
                 ("VMM is entered", stages.entered_ns),

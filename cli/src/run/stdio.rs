@@ -14,6 +14,9 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::terminal;
 
+/// How often a user asks the container to end before its machine is ended instead.
+const LAST_WORD: u32 = 3;
+
 /// Pumps until the process has ended and all it wrote is out.
 pub(super) fn serve(
     container: &Container,
@@ -34,8 +37,17 @@ pub(super) fn serve(
     let agent = Arc::clone(&container.agent);
     let id = process.id;
     let has_terminal = terminal.is_some();
+    let machine = nix::unistd::Pid::from_raw(container.machine.pid());
     std::thread::spawn(move || {
+        let mut asked = 0;
         while let Ok(signal) = signals.wait() {
+            if matches!(signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT) {
+                asked += 1;
+            }
+            if asked >= LAST_WORD {
+                // The guest had its chance: a user can always get rid of it.
+                let _ = nix::sys::signal::kill(machine, Signal::SIGKILL);
+            }
             // The process may have ended just now; then there is nobody to tell.
             let _ = match signal {
                 Signal::SIGWINCH if has_terminal => agent.resize(id, terminal::size()),

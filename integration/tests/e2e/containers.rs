@@ -91,11 +91,35 @@ fn signals() {
     assert_eq!(text(&drain(stdout).join().expect("no panic")), "caught\n");
     assert_eq!(child.wait().expect("it ends").code(), Some(3));
 
+    stubborn();
     let output = run(&["kill -9 $$"]);
     // The shell is the first process of its name space and cannot kill itself so; its child can be killed.
     let killed = run(&["sh -c 'kill -9 $$'; echo $?"]);
     assert_eq!(text(&killed.stdout).trim(), "137");
     assert!(matches!(output.status.code(), Some(0 | 137)), "{:?}", output.status);
+}
+
+/// A container that ignores every request to end goes with its machine at the third.
+fn stubborn() {
+    let mut command = mvm();
+    let script = "trap 'echo no' TERM; echo ready; while :; do sleep 1; done";
+    command.arg("run").arg(image()).args(["--", "sh", "-c", script]);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("mvm is built");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a pid"));
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().expect("piped")));
+    assert_eq!(lines.next().expect("a line").expect("text"), "ready");
+    for _ in 0..2 {
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it is there");
+        assert_eq!(lines.next().expect("a line").expect("text"), "no");
+    }
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it is there");
+    let stderr = drain(child.stderr.take().expect("piped")).join().expect("no panic");
+    assert_eq!(child.wait().expect("it ends").code(), Some(125), "{}", text(&stderr));
 }
 
 fn read_only() {

@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel agent build install demo check test unit e2e bench lab clean
+.PHONY: help setup kernel build install demo check test unit e2e bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -72,8 +72,7 @@ bench: build
 	@$(CARGO) run -q --release -p mvm-integration --bin bench -- $(if $(ONLY),--only $(ONLY))
 
 lab: build
-	@$(CARGO) run -q -p mvm-integration --bin lab -- $(LAB_FLAGS) -- sh -c '$(subst ','\'',$(CMD))'
+	@PATH="$(CURDIR)/$(DIST)/bin:$$PATH" $(CARGO) run -q -p mvm-integration --bin lab -- $(LAB_FLAGS) -- sh -c '$(subst ','\'',$(CMD))'
 
 clean:
 	$(CARGO) clean
-	rm -rf $(DIST)

@@ -75,7 +75,7 @@ fn say(text: &str) {
 
 /// Files some tests need besides, by the variable that names them.
 fn extra_files() -> Vec<(&'static str, PathBuf)> {
-    ["MVM_TEST_DEBIAN_KERNEL", "MVM_TEST_DEBUG_KERNEL"]
+    ["MVM_TEST_DEBIAN_KERNEL"]
         .into_iter()
         .filter_map(|name| Some((name, PathBuf::from(std::env::var_os(name)?))))
         .collect()

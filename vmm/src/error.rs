@@ -89,9 +89,6 @@ impl Error {
             Error::KvmLacks(_) => {
                 "mvm needs Linux 4.20 or newer with KVM; `mvm doctor` shows what this host has"
             }
-            Error::Kvm { operation, .. } if operation.contains("open") => {
-                "is the KVM module loaded, and may you open /dev/kvm? See `mvm doctor`"
-            }
             Error::Memory { .. } => "give the machine less memory, or free some on this host",
             _ => return None,
         };

@@ -100,9 +100,6 @@ struct Record {
 const MAX_IMAGES: usize = 32;
 
 impl Store {
-    /// Where images are kept unless told otherwise.
-    pub const DEFAULT_ROOT: &str = "/var/lib/mvm/images";
-
     /// Opens a store, and makes its directory if there is none. Only its owner may look inside:
     /// images may hold secrets.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {

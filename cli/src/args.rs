@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mvm_devices::virtio::DeviceSpec;
+use mvm_devices::virtio::{DeviceSpec, NAMES};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
@@ -12,9 +12,9 @@ use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 #[derive(Debug, Parser)]
 #[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
-    /// Say more; twice: everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
-    pub(crate) verbose: u8,
+    /// Log what is otherwise passed over in silence
+    #[arg(short, long, global = true)]
+    pub(crate) verbose: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -31,10 +31,10 @@ pub(crate) enum Command {
 
 /// Boots a kernel and waits until the machine ends.
 ///
-/// Exits with 0 when the guest powered off or rebooted; otherwise the code says how it ended (see `mvm boot --help`).
+/// The exit code says how it ended.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: 0 powered off, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 125 mvm or KVM failed"
+    after_help = "Exit codes: 0 powered off, 2 bad usage, 3 reboot asked, 4 guest panic, 5 triple fault, 6 stopped, 125 mvm or KVM failed"
 )]
 pub(crate) struct Boot {
     /// Kernel: an ELF vmlinux or a bzImage
@@ -47,7 +47,7 @@ pub(crate) struct Boot {
     #[arg(long, value_name = "DISK", value_parser = Disk::from_str)]
     pub(crate) disk: Vec<Disk>,
     /// Network: none, or tap=NAME[,mac=MAC]; may be repeated
-    #[arg(long, value_name = "NET", value_parser = Net::from_str)]
+    #[arg(long, value_name = "NET", value_parser = unaddressed)]
     pub(crate) net: Vec<Net>,
     /// Any other device: its name, or its configuration as JSON; may be repeated
     #[arg(long, value_name = "DEVICE", value_parser = device)]
@@ -57,7 +57,8 @@ pub(crate) struct Boot {
     /// Kernel command line; what the console needs is added
     #[arg(long, value_name = "TEXT", default_value = "panic=-1")]
     pub(crate) cmdline: String,
-    /// Connect this terminal: hvc (virtio) or serial (for early messages and kernels without virtio)
+    /// Connect this terminal: hvc (virtio) or serial (for early messages and kernels without virtio);
+    /// Ctrl-] leaves
     #[arg(long, value_name = "KIND", num_args = 0..=1, require_equals = true, default_missing_value = "hvc")]
     pub(crate) console: Option<Console>,
     /// Directory for the machine's sockets (control.sock, vsock.sock); without it there are none
@@ -71,7 +72,7 @@ pub(crate) struct Boot {
 /// Runs a container and exits with its exit code.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: the container's own; 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n"
+    after_help = "Exit codes: the container's own; 2 bad usage, 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n"
 )]
 pub(crate) struct Run {
     /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images
@@ -126,6 +127,7 @@ pub(crate) struct Shape {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 machines can run here, 1 a check failed, 2 bad usage")]
 pub(crate) struct Doctor {
     /// How to print the report
     #[arg(long, value_enum, default_value_t = Format::Text)]
@@ -162,13 +164,25 @@ fn cpus(text: &str) -> Result<VcpuCount, String> {
     VcpuCount::try_from(count).map_err(|error| error.to_string())
 }
 
+/// A network whose guest gets its addresses by itself: no agent of ours runs there to set them.
+fn unaddressed(text: &str) -> Result<Net, String> {
+    let net = Net::from_str(text).map_err(|error| error.to_string())?;
+    match &net {
+        Net::Tap(tap) if tap.address.is_some() || tap.gateway.is_some() => {
+            Err("ip= and gateway= are for `mvm run`; give a kernel its address with --cmdline".to_owned())
+        }
+        _ => Ok(net),
+    }
+}
+
 /// `rng`, or `{"type": "rng", …}`.
 fn device(text: &str) -> Result<DeviceSpec, String> {
     let json = if text.trim_start().starts_with('{') {
         text.to_owned()
-    } else {
+    } else if NAMES.contains(&text) {
         serde_json::json!({ "type": text }).to_string()
+    } else {
+        return Err(format!("there is no such device: use one of {}", NAMES.join(", ")));
     };
-    serde_json::from_str(&json)
-        .map_err(|error| format!("{error} (devices: {})", mvm_devices::virtio::NAMES.join(", ")))
+    serde_json::from_str(&json).map_err(|error| error.to_string())
 }

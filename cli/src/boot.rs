@@ -1,6 +1,6 @@
 //! `mvm boot`: a kernel in a machine, on this terminal or alone.
 
-use std::io::{Read, Write, stdin, stdout};
+use std::io::{IsTerminal, Read, Write, stdin, stdout};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -86,11 +86,13 @@ fn connect(
     left: Arc<AtomicBool>,
 ) -> std::thread::JoinHandle<()> {
     let Console { mut to_guest, mut from_guest } = console;
+    // In a file or a pipe the byte means itself.
+    let typed_here = stdin().is_terminal();
     std::thread::spawn(move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = stdin().lock().read(&mut bytes) {
             let typed = &bytes[..count];
-            let escape = typed.iter().position(|byte| *byte == ESCAPE);
+            let escape = typed.iter().position(|byte| typed_here && *byte == ESCAPE);
             if to_guest.write_all(&typed[..escape.unwrap_or(count)]).is_err() {
                 return;
             }

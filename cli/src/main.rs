@@ -22,7 +22,7 @@ const UNFIT: u8 = 1;
 fn main() -> ExitCode {
     // Bad usage ends here with clap's message and exit code 2.
     let arguments = Arguments::parse();
-    mvm_vmm::log::to_stderr(arguments.verbose > 0);
+    mvm_vmm::log::to_stderr(arguments.verbose);
     let result = match arguments.command {
         Command::Boot(boot) => boot::boot(*boot),
         Command::Run(run) => run::run(*run),

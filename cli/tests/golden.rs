@@ -49,8 +49,19 @@ fn bad_usage_exits_with_2_and_says_what_would_do() {
     golden("bad-memory", &["boot", "--kernel", "k", "--memory", "lots"]);
     golden("bad-disk", &["boot", "--kernel", "k", "--disk", "a.img,rw"]);
     golden("bad-net", &["boot", "--kernel", "k", "--net", "wifi"]);
-    golden("bad-device", &["boot", "--kernel", "k", "--device", "toaster"]);
+    golden("bad-net-address", &["boot", "--kernel", "k", "--net", "tap=t0,ip=10.0.0.2/24"]);
     golden("bad-name", &["run", "--name", "../x", "image"]);
+}
+
+/// No golden text: a new device must not have to be named here.
+#[test]
+fn an_unknown_device_is_refused_with_the_names_of_those_there_are() {
+    let output = mvm(&["boot", "--kernel", "k", "--device", "toaster"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    for name in mvm_devices::virtio::NAMES {
+        assert!(text.contains(name), "{name} is not offered: {text}");
+    }
 }
 
 #[test]

@@ -27,9 +27,9 @@ pub(crate) fn install(level: LevelFilter) {
     }
 }
 
-/// Installs the log of a program that people call.
+/// Installs the log of a program that people call: warnings, or with `verbose` all lines.
 pub fn to_stderr(verbose: bool) {
-    install(if verbose { LevelFilter::Info } else { LevelFilter::Warn });
+    install(if verbose { LevelFilter::Debug } else { LevelFilter::Warn });
 }
 
 /// Lines suppressed so far.

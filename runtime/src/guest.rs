@@ -30,8 +30,7 @@ impl GuestFiles {
         Ok(Self { kernel: find("MVM_KERNEL", "vmlinux")?, agent: find("MVM_AGENT", "mvm-agent")? })
     }
 
-    /// The initial RAM disk that starts the agent: made once per agent, then found again in `cache`, so
-    /// that all machines map the same pages.
+    /// The initial RAM disk that starts the agent: made once per agent, then found again in `cache`.
     ///
     /// # Errors
     /// The agent cannot be read or the cache not written.

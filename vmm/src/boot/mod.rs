@@ -1,6 +1,7 @@
 //! Puts a kernel, its initial RAM disk, its command line and its tables into guest memory.
 //!
-//! Images are mapped, not read, so that starting costs no copy and clean pages are shared by all machines.
+//! An ELF kernel is mapped unless the configuration says otherwise, so that starting costs no copy and clean pages
+//! are shared by all machines; a small initial RAM disk is read.
 //! Image files are not trusted: every number in them is bounded before it is used.
 
 mod acpi;

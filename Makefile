@@ -40,7 +40,7 @@ build: setup
 
 install: build
 	install -d $(PREFIX)/bin $(PREFIX)/share/mvm
-	install -t $(PREFIX)/bin $(DIST)/bin/*
+	install -t $(PREFIX)/bin $(addprefix $(DIST)/bin/,mvm mvm-vmm)
 	install -m 644 -t $(PREFIX)/share/mvm $(DIST)/share/mvm/vmlinux
 	install -t $(PREFIX)/share/mvm $(DIST)/share/mvm/mvm-agent
 

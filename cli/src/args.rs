@@ -72,7 +72,7 @@ pub(crate) struct Boot {
 /// Runs a container and exits with its exit code.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: the container's own; 2 bad usage, 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n"
+    after_help = "Exit codes: the container's own; 2 bad usage, 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n. Signals go to the container; the third that asks it to end kills its machine"
 )]
 pub(crate) struct Run {
     /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images

@@ -61,7 +61,8 @@ pub(crate) fn small_pages_around(memory: &Memory, at: u64) {
     let start = at & !(HUGE_PAGE - 1);
     let Ok(slice) = memory.get_slice(GuestAddress(start), HUGE_PAGE as usize) else { return };
     // SAFETY: the slice vouches for a live mapping of that length; the advice changes no byte of it.
-    let _ = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_NOHUGEPAGE) };
+    let _ =
+        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_NOHUGEPAGE) };
 }
 
 /// Reads exactly `length` bytes of `file` from `offset` into guest memory at `at`.

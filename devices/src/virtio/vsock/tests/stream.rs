@@ -165,7 +165,8 @@ proptest! {
     #[test]
     fn p11_streams_arrive_whole_and_in_order(
         steps in steps(),
-        buffers in prop::collection::vec(prop::collection::vec(1..3000u32, 1..6), 1..30),
+        // At most 19 chains of 6: the driver must not write over descriptors that the device has.
+        buffers in prop::collection::vec(prop::collection::vec(1..3000u32, 1..6), 1..20),
         buffer in 1..300_000u32,
         guest_first: bool,
     ) {

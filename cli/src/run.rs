@@ -66,7 +66,7 @@ pub(crate) fn exit_code(failure: &Failure) -> Option<u8> {
     let mut cause = std::error::Error::source(failure);
     while let Some(error) = cause {
         if let Some(program) = error.downcast_ref::<NotRunnable>() {
-            return Some(if program.missing { 127 } else { 126 });
+            return Some(program.exit_code);
         }
         cause = error.source();
     }

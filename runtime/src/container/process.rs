@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use mvm_protocol::{FailureKind, PidNamespace, User};
+use mvm_protocol::{PidNamespace, User};
 
 use super::ROOT;
 use crate::agent::{Error as AgentError, ProcessSpec, StdioSpec};
@@ -32,8 +32,8 @@ pub struct Overrides {
 #[error("{message}")]
 pub struct NotRunnable {
     message: String,
-    /// Whether there is no such program at all.
-    pub missing: bool,
+    /// What a command line exits with: 127 if there is no such program, 126 if it cannot be executed.
+    pub exit_code: u8,
 }
 
 impl Overrides {
@@ -84,11 +84,10 @@ impl Overrides {
 /// What a failed start means to whoever asked for it.
 pub(super) fn start_failure(program: &str, error: AgentError) -> Failure {
     let what = format!("cannot run {program} in the container");
-    if let AgentError::Refused { kind: FailureKind::Exec, errno, .. } = &error {
-        let missing = *errno == libc::ENOENT;
+    if let (Some(exit_code), AgentError::Refused { errno, .. }) = (error.exec_exit_code(), &error) {
         let message = std::io::Error::from_raw_os_error(*errno).to_string();
-        let failure = Failure::because(what, NotRunnable { message, missing });
-        return if missing {
+        let failure = Failure::because(what, NotRunnable { message, exit_code });
+        return if *errno == libc::ENOENT {
             failure.help("the image has no such program: name it with its path, or another")
         } else {
             failure

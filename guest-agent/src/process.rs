@@ -187,6 +187,7 @@ mod tests {
             stdio: Stdio::Pipes { stdin: None, stdout: Some(Token(1)), stderr: None },
             pid_namespace: PidNamespace::Agent,
             oom_score_adj: 0,
+            confinement: Default::default(),
         }
     }
 

@@ -54,6 +54,15 @@ impl Agent {
                 self.signal_all(libc::SIGTERM);
                 Ok(Reply::Done)
             }
+            Request::Update { .. }
+            | Request::Freeze { .. }
+            | Request::RootStats { .. }
+            | Request::RemoveRoot { .. }
+            | Request::Put(_)
+            | Request::Get(_)
+            | Request::Forward { .. }
+            | Request::Rescan
+            | Request::Eject { .. } => Err(Error::Unsupported),
         })
     }
 

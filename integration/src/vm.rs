@@ -177,6 +177,7 @@ pub fn spec(args: &[&str], stdio: StdioSpec) -> ProcessSpec {
         stdio,
         pid_namespace: PidNamespace::New,
         oom_score_adj: 0,
+        confinement: Default::default(),
     }
 }
 

@@ -9,3 +9,4 @@ pub mod guest;
 pub mod image;
 pub mod machine;
 pub mod net;
+pub mod sandbox;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 pub const MAGIC: [u8; 4] = *b"mvmA";
 
 /// The version this crate speaks.
-pub const VERSION: Version = Version { major: 1, minor: 0 };
+pub const VERSION: Version = Version { major: 2, minor: 0 };
 
 /// A protocol version. Equal majors understand each other; the side with the higher minor keeps to the
 /// verbs of the lower.

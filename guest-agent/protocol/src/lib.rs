@@ -18,6 +18,7 @@
 //! [`Version::minor`]; any other change raises [`Version::major`]. [`Hello::version_in`] reads the version
 //! of a hello whose remainder this build may not understand.
 
+mod container;
 mod frame;
 mod hello;
 pub mod limits;
@@ -27,6 +28,11 @@ mod root;
 mod setup;
 mod stream;
 
+pub use container::{
+    Capabilities, Confinement, ContainerMount, ContainerSource, DeviceKind, DeviceNode, DeviceRule, Get, Got,
+    GotContent, Limits, Namespace, Namespaces, Place, Put, PutContent, PutEntry, Rlimit, RootStats,
+    Scheduler, Surroundings,
+};
 pub use frame::{DecodeError, Decoder, EncodeError, HEADER_LEN, decode, encode};
 pub use hello::{Hello, HelloAck, Identity, MAGIC, StageTimes, Stamp, VERSION, Version};
 pub use message::{

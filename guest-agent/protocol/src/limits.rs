@@ -26,3 +26,7 @@ pub const MAX_UNSENT: usize = 4 * MAX_FRAME;
 pub const MAX_SHUTDOWN_MS: u32 = 60_000;
 /// Largest `/etc/passwd` or `/etc/group` of an image that is read to find a user, in bytes.
 pub const MAX_USER_DATABASE: usize = 1 << 20;
+/// Longest text of one cgroup file in a container's statistics, in bytes; the agent cuts what is longer.
+pub const MAX_STAT_TEXT: usize = 8192;
+/// Most bytes of a file in one [`crate::Put`] or [`crate::Got`].
+pub const MAX_PART: usize = 512 * 1024;

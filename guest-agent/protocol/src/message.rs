@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Configure, ExitStatus, Hello, HelloAck, Mount, ProcessEntry, SetupRoot, SignalTarget, Stamp, Start,
-    WindowSize,
+    Configure, ExitStatus, Get, Got, Hello, HelloAck, Limits, Mount, ProcessEntry, Put, RootStats, SetupRoot,
+    SignalTarget, Stamp, Start, Token, WindowSize,
 };
 
 /// What the host sends.
@@ -101,6 +101,48 @@ pub enum Request {
         /// Time between SIGTERM and SIGKILL, in milliseconds; at most [`crate::limits::MAX_SHUTDOWN_MS`].
         grace_ms: u32,
     },
+    /// Change what a container's cgroup may use.
+    Update {
+        /// The container root's id.
+        root: String,
+        /// What changes.
+        limits: Limits,
+    },
+    /// Stop or continue all processes of a container.
+    Freeze {
+        /// The container root's id.
+        root: String,
+        /// Stop them.
+        frozen: bool,
+    },
+    /// A container's use of its resources. Answered with [`Reply::RootStats`].
+    RootStats {
+        /// The container root's id.
+        root: String,
+    },
+    /// Kill what is left in a container, unmount its root and give its disks back; its id is free again.
+    RemoveRoot {
+        /// The container root's id.
+        root: String,
+    },
+    /// Put files into the guest.
+    Put(Put),
+    /// Read a file or a directory of the guest. Answered with [`Reply::Got`].
+    Get(Get),
+    /// Connect to a TCP port of the guest's loopback address and join it with a stream of this token.
+    Forward {
+        /// The port.
+        port: u16,
+        /// The stream the agent opens.
+        stream: Token,
+    },
+    /// Look for devices that were plugged in.
+    Rescan,
+    /// Let go of the disk of this virtio serial: it is about to be unplugged. Nothing may be mounted from it.
+    Eject {
+        /// The disk's virtio serial.
+        serial: String,
+    },
 }
 
 /// How a machine ends.
@@ -126,6 +168,10 @@ pub enum Reply {
     Processes(Vec<ProcessEntry>),
     /// The guest's use of its resources.
     Stats(Stats),
+    /// A container's use of its resources.
+    RootStats(RootStats),
+    /// A file or a directory.
+    Got(Got),
 }
 
 /// Why a request did not work.

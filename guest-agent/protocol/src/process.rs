@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Confinement;
+
 /// Names one stdio stream. Chosen by the host at random: a container can dial the stream port too, and
 /// must not be able to guess another process's stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,6 +30,8 @@ pub struct Start {
     pub pid_namespace: PidNamespace,
     /// `/proc/<pid>/oom_score_adj`, -1000 to 1000.
     pub oom_score_adj: i16,
+    /// What confines it.
+    pub confinement: Confinement,
 }
 
 /// Who a process runs as.

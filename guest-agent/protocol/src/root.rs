@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Surroundings;
+
 /// One mount in the agent's name space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
@@ -55,6 +57,8 @@ pub struct SetupRoot {
     pub lower: Vec<Lower>,
     /// Where the container's writes go.
     pub writable: Writable,
+    /// What surrounds its processes.
+    pub surroundings: Surroundings,
 }
 
 /// One read-only layer.

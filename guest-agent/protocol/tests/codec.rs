@@ -25,6 +25,7 @@ fn start() -> impl Strategy<Value = Request> {
                 },
                 pid_namespace: PidNamespace::Join(tokens[1]),
                 oom_score_adj,
+                confinement: Confinement::default(),
             })
         },
     )
@@ -48,6 +49,7 @@ fn request() -> impl Strategy<Value = Request> {
             id,
             lower: layers.into_iter().map(Lower::Directory).collect(),
             writable: Writable::Tmpfs { size: 1 },
+            surroundings: Surroundings::default(),
         })),
     ]
 }

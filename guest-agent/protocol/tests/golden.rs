@@ -71,6 +71,7 @@ fn start(user: User, stdio: Stdio, pid_namespace: PidNamespace) -> Start {
         stdio,
         pid_namespace,
         oom_score_adj: -5,
+        confinement: Confinement::default(),
     }
 }
 
@@ -95,6 +96,7 @@ fn requests() -> Vec<(&'static str, Request)> {
                 id: "c1".into(),
                 lower: vec![disk("layer0"), Lower::Directory("/run/mvm/disk/a".into())],
                 writable: Writable::Tmpfs { size: 1 << 26 },
+                surroundings: Surroundings::default(),
             }),
         ),
         ("configure", Request::Configure(configure())),

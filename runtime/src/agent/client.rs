@@ -13,9 +13,9 @@ use std::{
 };
 
 use mvm_protocol::{
-    Configure, Decoder, ExitStatus, GuestMessage, Hello, HelloAck, HostMessage, Identity, MAGIC, Mount,
-    PidNamespace, ProcessEntry, Reply, Request, SetupRoot, ShutdownMode, SignalTarget, Start, Stats, Stdio,
-    Token, User, VERSION, WindowSize, decode, encode,
+    Configure, Confinement, Decoder, ExitStatus, GuestMessage, Hello, HelloAck, HostMessage, Identity, MAGIC,
+    Mount, PidNamespace, ProcessEntry, Reply, Request, SetupRoot, ShutdownMode, SignalTarget, Start, Stats,
+    Stdio, Token, User, VERSION, WindowSize, decode, encode,
 };
 use nix::unistd::pipe2;
 
@@ -64,6 +64,8 @@ pub struct ProcessSpec {
     pub pid_namespace: PidNamespace,
     /// `oom_score_adj`, -1000 to 1000.
     pub oom_score_adj: i16,
+    /// What confines it.
+    pub confinement: Confinement,
 }
 
 /// Which standard streams of a process the host wants.
@@ -94,6 +96,7 @@ impl ProcessSpec {
             stdio: StdioSpec::Pipes { stdin: false, stdout: true, stderr: true },
             pid_namespace: PidNamespace::Agent,
             oom_score_adj: 0,
+            confinement: Confinement::default(),
         }
     }
 }
@@ -188,6 +191,7 @@ impl AgentClient {
             stdio: stdio.clone(),
             pid_namespace: spec.pid_namespace,
             oom_score_adj: spec.oom_score_adj,
+            confinement: spec.confinement,
         });
         let result = self.started(request, process, &stdio);
         if result.is_err() {

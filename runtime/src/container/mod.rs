@@ -201,6 +201,7 @@ fn root(request: &Request) -> SetupRoot {
             Upper::Memory => Writable::Tmpfs { size: 0 },
             Upper::Disk(_) => Writable::Disk { serial: UPPER_SERIAL.to_owned() },
         },
+        surroundings: Default::default(),
     }
 }
 

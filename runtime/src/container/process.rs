@@ -56,6 +56,7 @@ impl Overrides {
             stdio,
             pid_namespace: PidNamespace::New,
             oom_score_adj: 0,
+            confinement: Default::default(),
         })
     }
 

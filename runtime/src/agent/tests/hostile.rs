@@ -267,6 +267,7 @@ fn an_exit_while_the_host_was_away_is_reported_when_it_is_back_until_it_is_forgo
         stdio: Stdio::Pipes { stdin: None, stdout: None, stderr: None },
         pid_namespace: PidNamespace::Agent,
         oom_score_adj: 0,
+        confinement: Default::default(),
     });
     send(&mut stream, &HostMessage::Request { id: 1, request });
     let GuestMessage::Response { result: Ok(Reply::Started { .. }), .. } = next(&mut stream, &mut decoder)

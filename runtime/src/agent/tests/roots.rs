@@ -22,8 +22,12 @@ fn image(guest: &Guest) -> Vec<Lower> {
 
 fn with_root() -> Guest {
     let guest = Guest::new();
-    let root =
-        SetupRoot { id: "c1".to_owned(), lower: image(&guest), writable: Writable::Tmpfs { size: 1 << 20 } };
+    let root = SetupRoot {
+        id: "c1".to_owned(),
+        lower: image(&guest),
+        writable: Writable::Tmpfs { size: 1 << 20 },
+        surroundings: Default::default(),
+    };
     guest.client.set_up_root(root).unwrap();
     guest
 }
@@ -107,7 +111,12 @@ fn the_writable_layer_is_bounded_and_a_read_only_root_refuses_writes() {
     let (text, _) = run(&guest, inside("head -c 3000000 /dev/zero > /big; stat -c %s /big"));
     let written: u64 = text.trim().parse().unwrap();
     assert!(written <= 1 << 20, "{written}");
-    let root = SetupRoot { id: "ro".to_owned(), lower: image_again(&guest), writable: Writable::No };
+    let root = SetupRoot {
+        id: "ro".to_owned(),
+        lower: image_again(&guest),
+        writable: Writable::No,
+        surroundings: Default::default(),
+    };
     guest.client.set_up_root(root).unwrap();
     let spec = ProcessSpec { root: Some("ro".to_owned()), ..inside("touch /x 2>&1; cat /etc/passwd") };
     assert!(run(&guest, spec).0.starts_with("touch: cannot touch '/x': Read-only file system\napp:"));
@@ -131,8 +140,12 @@ fn host_names_and_resolver_reach_roots_made_before_and_after() {
     let read = "cat /etc/hostname /etc/resolv.conf /etc/hosts; uname -n";
     let expected = "before\nnameserver 10.0.0.1\n127.0.0.1 localhost\nbefore\n";
     assert_eq!(run(&guest, inside(read)).0, expected);
-    let root =
-        SetupRoot { id: "c2".to_owned(), lower: image_again(&guest), writable: Writable::Tmpfs { size: 0 } };
+    let root = SetupRoot {
+        id: "c2".to_owned(),
+        lower: image_again(&guest),
+        writable: Writable::Tmpfs { size: 0 },
+        surroundings: Default::default(),
+    };
     guest.client.set_up_root(root).unwrap();
     let spec = ProcessSpec { root: Some("c2".to_owned()), ..inside(read) };
     assert_eq!(run(&guest, spec).0, expected);
@@ -141,7 +154,12 @@ fn host_names_and_resolver_reach_roots_made_before_and_after() {
 #[test]
 fn a_root_is_made_once_and_a_process_needs_one_that_exists() {
     let guest = with_root();
-    let root = SetupRoot { id: "c1".to_owned(), lower: vec![], writable: Writable::No };
+    let root = SetupRoot {
+        id: "c1".to_owned(),
+        lower: vec![],
+        writable: Writable::No,
+        surroundings: Default::default(),
+    };
     let error = guest.client.set_up_root(root).unwrap_err();
     assert!(matches!(error, Error::Refused { kind: FailureKind::Exists, .. }), "{error}");
     let spec = ProcessSpec { root: Some("nope".to_owned()), ..inside("true") };

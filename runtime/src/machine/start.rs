@@ -16,7 +16,7 @@ use super::calls::{Calls, VSOCK_SOCKET};
 use super::plan::{ConsoleKind, Disk, Plan};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
-use crate::net::{Net, TapNet, mac_of, open_tap};
+use crate::net::{Net, OpenTap, TapNet, mac_of, open_tap};
 
 /// Name of the machine's control socket.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -67,8 +67,10 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
         opening.disk(disk)?;
     }
     for net in &plan.nets {
-        if let Net::Tap(tap) = net {
-            opening.tap(tap, plan)?;
+        match net {
+            Net::None => {}
+            Net::Tap(tap) => opening.tap(tap, plan)?,
+            Net::Open(tap) => opening.open_tap(tap)?,
         }
     }
     let calls = if plan.vsock { Some(opening.vsock(plan.sockets.as_deref())?) } else { None };
@@ -134,6 +136,18 @@ impl Opening {
             tap: slot,
             mac: Some(mac),
             mtu: None,
+            only_own_mac: false,
+        }));
+        Ok(())
+    }
+
+    fn open_tap(&mut self, tap: &OpenTap) -> Result<(), Failure> {
+        let file = tap.file.try_clone().context(|| "cannot pass a tap on to the machine".to_owned())?;
+        let slot = self.files.add(file);
+        self.devices.push(DeviceSpec::Net(net::Config {
+            tap: slot,
+            mac: Some(tap.mac),
+            mtu: tap.mtu,
             only_own_mac: false,
         }));
         Ok(())

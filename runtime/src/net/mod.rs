@@ -1,22 +1,44 @@
 //! A machine's network as the host sees it.
 
+mod netlink;
+mod netns;
+mod scan;
 mod tap;
+mod twin;
 
+pub use netns::Netns;
+pub use scan::{Link, Network, scan};
 pub use tap::open_tap;
+pub use twin::{SpareTap, Twin, remove_twin, twin};
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use mvm_devices::virtio::net::MacAddress;
 use mvm_protocol::Address;
 
 /// What a machine's network interface is connected to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Net {
     /// No interface.
     None,
     /// A tap of this host, by name; made if it is not there.
     Tap(TapNet),
+    /// A tap that is open, of any name space.
+    Open(OpenTap),
+}
+
+/// An open tap and the card on it.
+#[derive(Clone, Debug)]
+pub struct OpenTap {
+    /// The tap, with `IFF_VNET_HDR`.
+    pub file: Arc<File>,
+    /// The card's hardware address.
+    pub mac: MacAddress,
+    /// What the guest's driver is told of the MTU, in bytes.
+    pub mtu: Option<u16>,
 }
 
 /// A tap and the guest's place on it.

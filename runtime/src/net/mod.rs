@@ -4,6 +4,8 @@ mod netlink;
 mod netns;
 mod scan;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod twin;
 
 pub use netns::Netns;
@@ -104,7 +106,7 @@ pub fn mac_of(name: &str) -> MacAddress {
 }
 
 #[cfg(test)]
-mod tests {
+mod text_tests {
     use super::*;
 
     #[test]

@@ -1,0 +1,6 @@
+//! Networks in name spaces of the tests' own. They need root.
+
+mod guest;
+mod pod;
+mod scanning;
+mod twins;

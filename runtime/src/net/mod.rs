@@ -7,11 +7,13 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod twin;
+mod watch;
 
 pub use netns::Netns;
 pub use scan::{Link, Network, scan};
 pub use tap::open_tap;
 pub use twin::{SpareTap, Twin, remove_twin, twin};
+pub use watch::{Watch, watch};
 
 use std::fs::File;
 use std::net::IpAddr;

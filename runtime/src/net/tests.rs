@@ -4,3 +4,4 @@ mod guest;
 mod pod;
 mod scanning;
 mod twins;
+mod watching;

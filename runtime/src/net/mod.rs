@@ -1,7 +1,9 @@
 //! A machine's network as the host sees it.
 
+mod forward;
 mod netlink;
 mod netns;
+mod nft;
 mod scan;
 mod tap;
 #[cfg(test)]
@@ -9,7 +11,9 @@ mod tests;
 mod twin;
 mod watch;
 
+pub use forward::{PortForward, forward_localhost};
 pub use netns::Netns;
+pub use nft::Transport;
 pub use scan::{Link, Network, scan};
 pub use tap::open_tap;
 pub use twin::{SpareTap, Twin, remove_twin, twin};

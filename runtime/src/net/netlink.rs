@@ -34,12 +34,16 @@ pub(super) struct Netlink {
 impl Netlink {
     /// Opens one in the calling thread's name space.
     pub(super) fn open() -> nix::Result<Self> {
-        Self::with_groups(0)
+        Self::of(SockProtocol::NetlinkRoute, 0)
     }
 
     /// Opens one that is told of changes; `groups` are bits `RTMGRP_*`.
     pub(super) fn with_groups(groups: u32) -> nix::Result<Self> {
-        let protocol = SockProtocol::NetlinkRoute;
+        Self::of(SockProtocol::NetlinkRoute, groups)
+    }
+
+    /// Opens one to another part of the kernel.
+    pub(super) fn of(protocol: SockProtocol, groups: u32) -> nix::Result<Self> {
         let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
         Ok(Self { socket, sequence: 0, datagram: vec![0; DATAGRAM] })
@@ -61,6 +65,32 @@ impl Netlink {
         Ok(list)
     }
 
+    /// Has the kernel do all of `batch`, of which each message asks for an answer, or nothing. Stops at the first
+    /// error; the socket is of no use after that.
+    pub(super) fn transact(&mut self, begin: Message, batch: Vec<Message>, end: Message) -> nix::Result<()> {
+        let mut open = batch.len();
+        let messages = std::iter::once(begin).chain(batch).chain(std::iter::once(end));
+        let bytes: Vec<u8> = messages
+            .flat_map(|message| {
+                self.sequence = self.sequence.wrapping_add(1);
+                message.finish(self.sequence)
+            })
+            .collect();
+        sendto(self.socket.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        while open > 0 {
+            let count = self.receive()?;
+            let mut rest = self.datagram.get(..count).unwrap_or_default();
+            while let Some((header, payload, next)) = message::split(rest) {
+                rest = next;
+                if i32::from(header.kind) == libc::NLMSG_ERROR {
+                    message::acknowledgement(payload)?;
+                    open = open.saturating_sub(1);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Throws away word of changes that has arrived. Word that was lost for want of room counts as well.
     pub(super) fn drain(&mut self) -> nix::Result<()> {
         loop {
@@ -78,10 +108,7 @@ impl Netlink {
         let bytes = message.finish(self.sequence);
         sendto(self.socket.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
         loop {
-            let count = match recv(self.socket.as_raw_fd(), &mut self.datagram, MsgFlags::empty()) {
-                Err(Errno::EINTR) => continue,
-                count => count?,
-            };
+            let count = self.receive()?;
             let mut rest = self.datagram.get(..count).unwrap_or_default();
             while let Some((header, payload, next)) = message::split(rest) {
                 rest = next;
@@ -93,6 +120,15 @@ impl Netlink {
                     libc::NLMSG_ERROR => return message::acknowledgement(payload),
                     _ => each(payload),
                 }
+            }
+        }
+    }
+
+    fn receive(&mut self) -> nix::Result<usize> {
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut self.datagram, MsgFlags::empty()) {
+                Err(Errno::EINTR) => {}
+                result => return result,
             }
         }
     }

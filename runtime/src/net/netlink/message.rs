@@ -22,7 +22,7 @@ pub(in crate::net) struct Message {
 
 impl Message {
     /// A request of this kind with the parts of its fixed header.
-    pub(super) fn new(kind: u16, fixed: &[&[u8]]) -> Self {
+    pub(in crate::net) fn new(kind: u16, fixed: &[&[u8]]) -> Self {
         let mut bytes = vec![0; HEADER];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         fixed.iter().for_each(|part| bytes.extend_from_slice(part));
@@ -35,7 +35,20 @@ impl Message {
         self
     }
 
-    pub(super) fn acknowledged(mut self) -> Self {
+    /// Makes something unless it is there.
+    pub(in crate::net) fn create_or_keep(mut self) -> Self {
+        self.flags |= libc::NLM_F_CREATE;
+        self
+    }
+
+    /// Adds to the end of a list.
+    pub(in crate::net) fn append(mut self) -> Self {
+        self.flags |= libc::NLM_F_APPEND;
+        self
+    }
+
+    /// Asks for an answer if it is done, not only if it fails.
+    pub(in crate::net) fn acknowledged(mut self) -> Self {
         self.flags |= libc::NLM_F_ACK;
         self
     }
@@ -45,7 +58,7 @@ impl Message {
         self
     }
 
-    pub(super) fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+    pub(in crate::net) fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
         let length = u16::try_from(value.len().saturating_add(ATTRIBUTE)).unwrap_or(u16::MAX);
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -55,7 +68,7 @@ impl Message {
     }
 
     /// A text with the NUL that ends it.
-    pub(super) fn text(self, kind: u16, text: &str) -> Self {
+    pub(in crate::net) fn text(self, kind: u16, text: &str) -> Self {
         let mut bytes = text.as_bytes().to_vec();
         bytes.push(0);
         self.attribute(kind, &bytes)
@@ -69,7 +82,7 @@ impl Message {
     }
 
     /// An attribute that holds what `fill` adds.
-    pub(super) fn nest(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
+    pub(in crate::net) fn nest(mut self, kind: u16, fill: impl FnOnce(Self) -> Self) -> Self {
         let start = self.bytes.len();
         self = fill(self.attribute(kind | NESTED, &[]));
         let length = u16::try_from(self.bytes.len().saturating_sub(start)).unwrap_or(u16::MAX);

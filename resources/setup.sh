@@ -7,9 +7,17 @@ for package in $list; do
     dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
 done
 if ! command -v cargo >/dev/null; then
-    echo "setup: no Rust tool chain: install one from https://rustup.rs (1.88 or newer), then run this again" >&2
+    echo "setup: no Rust tool chain" >&2
+    echo "  help: install one from https://rustup.rs (1.88 or newer), then run this again" >&2
     exit 1
 fi
+# A tool chain can lack both; rustup leaves stand-ins for them that only say so.
+for tool in rustfmt cargo-clippy; do
+    "$tool" --version >/dev/null 2>&1 && continue
+    echo "setup: the Rust tool chain has no $tool" >&2
+    echo "  help: rustup component add rustfmt clippy; with Debian's Rust: apt-get install rustfmt rust-clippy" >&2
+    exit 1
+done
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -ne 0 ]; then
     echo "setup: these packages are missing:$missing" >&2

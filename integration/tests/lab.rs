@@ -12,6 +12,7 @@ echo "kvm $(test -c /dev/kvm && echo yes)"
 echo "tun $(test -c /dev/net/tun && echo yes)"
 echo "controllers $(cat /sys/fs/cgroup/cgroup.controllers)"
 echo "delegated $(cat /sys/fs/cgroup/cgroup.subtree_control)"
+echo "still $(pidof still >/dev/null && echo yes)"
 echo "svm $(grep -c -w svm /proc/cpuinfo)"
 echo "cwd $(pwd)"
 echo "env $GREETING"
@@ -64,7 +65,7 @@ fn a_command_in_the_lab_behaves_as_it_would_at_home_but_with_kvm() {
             .map(str::trim)
             .unwrap_or_else(|| panic!("no {name}: {head}"))
     };
-    for name in ["kvm", "tun", "bridge", "loopback"] {
+    for name in ["kvm", "tun", "still", "bridge", "loopback"] {
         assert_eq!(fact(name), "yes", "{name}");
     }
     for controller in ["cpu", "cpuset", "memory", "io", "pids"] {
@@ -98,4 +99,19 @@ fn a_command_that_does_not_end_is_one_clear_error() {
     assert!(matches!(error, Error::TimedOut { .. }), "{error}");
     assert!(error.to_string().starts_with("timed out after 2 s; last kernel lines:"), "{error}");
     assert!(dir.path().join("console").exists());
+}
+
+#[test]
+fn a_command_whose_host_dies_is_run_again_and_that_is_counted() {
+    let out = tempfile::tempdir().unwrap();
+    let options = Options { out: Some(out.path().to_owned()), ..Options::default() };
+    let script = r#"test -e "$MVM_LAB_OUT/once" && exec echo again
+        touch "$MVM_LAB_OUT/once"; echo c >/proc/sysrq-trigger"#;
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let outcome = lab::run(&options, &shell(script), &mut stdout, &mut stderr).unwrap();
+    assert_eq!((outcome.status, outcome.reruns), (0, 1));
+    assert_eq!(stdout, b"again\n");
+    let note = String::from_utf8(stderr).unwrap();
+    assert!(note.starts_with("lab: rerun 1 of at most 3: the emulated host ended"), "{note}");
+    assert!(note.contains("Kernel panic - not syncing: sysrq triggered crash"), "{note}");
 }

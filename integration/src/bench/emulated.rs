@@ -43,9 +43,10 @@ pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     let mut report: Report = serde_json::from_slice(&stdout)
         .map_err(|error| io::Error::other(format!("the lab's run ended with {}: {error}", outcome.status)))?;
     for figure in &mut report.0 {
-        figure
-            .method
-            .push_str(&format!("; the lab's run was repeated {} times after hanging", outcome.reruns));
+        figure.method.push_str(&format!(
+            "; the lab's run was repeated {} times after its host hung or died",
+            outcome.reruns
+        ));
         figure.raw.push(json!({"reruns": outcome.reruns, "lab_seconds": outcome.command.as_secs_f64()}));
     }
     Ok(report.0)

@@ -87,6 +87,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// The emulated host failed, not the command and not this machine. A QEMU that ends before its kernel speaks was
+    /// given something it does not take.
+    pub(super) fn is_the_hosts(&self) -> bool {
+        match self {
+            Self::Hung { .. } => true,
+            Self::Died { console, .. } => !console.is_empty(),
+            _ => false,
+        }
+    }
+
     /// For `map_err` of an operation on a file.
     pub(super) fn file(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();

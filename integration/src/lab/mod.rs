@@ -25,7 +25,7 @@ pub use initramfs::Image;
 pub const INSIDE: &str = "MVM_LAB";
 /// Set inside the lab when [`Options::out`] is given: the shared directory's path.
 pub const OUT: &str = "MVM_LAB_OUT";
-/// A hung run is repeated this often before the lab gives up.
+/// A run whose emulated host hung or died is repeated this often before the lab gives up.
 pub const MAX_RERUNS: u32 = 3;
 
 /// How a command is run in the lab.
@@ -78,7 +78,7 @@ impl Default for Options {
 pub struct Outcome {
     /// The command's exit status; 128+n after signal n.
     pub status: u8,
-    /// Tries that hung and were repeated.
+    /// Tries whose emulated host hung or died, and that were repeated.
     pub reruns: u32,
     /// From the start of QEMU to the start of the command, in the try that counted.
     pub boot: Duration,
@@ -115,46 +115,56 @@ pub fn available() -> Result<(), Error> {
 
 /// Runs `argv` in the lab, its standard output and error streamed to `stdout` and `stderr`.
 ///
-/// A deterministic run is repeated after a hang, so its output is held back until a try has finished.
+/// When the emulated host hangs or dies the command is run again, at most [`MAX_RERUNS`] times, and `stderr` is told so;
+/// what it says or how it ends never leads to another try. A deterministic run's output is held back until a try has
+/// finished; otherwise that of every try is passed on.
 ///
 /// # Errors
 ///
-/// Any [`Error`]: something is missing, the image could not be made, the run timed out or the emulated host died.
-/// A command that fails is no error, see [`Outcome::status`].
+/// Any [`Error`]: something is missing, the image could not be made, the run timed out or the emulated host died
+/// again and again. A command that fails is no error, see [`Outcome::status`].
 pub fn run(
     options: &Options,
     argv: &[OsString],
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> Result<Outcome, Error> {
-    if !options.deterministic {
-        return try_once(options, argv, &Image::prepare()?, &mut session::Sinks { stdout, stderr });
+    if options.deterministic {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let result = run_held(options, argv, (&mut out, &mut err), stderr);
+        // What a failed try had said is of use too.
+        stdout.write_all(&out).map_err(Error::Sink)?;
+        stderr.write_all(&err).map_err(Error::Sink)?;
+        return result;
     }
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let result = run_held(options, argv, &mut out, &mut err);
-    // What a failed try had said is of use too.
-    stdout.write_all(&out).map_err(Error::Sink)?;
-    stderr.write_all(&err).map_err(Error::Sink)?;
-    result
+    let image = Image::prepare()?;
+    let mut reruns = 0;
+    loop {
+        let sinks = &mut session::Sinks { stdout: &mut *stdout, stderr: &mut *stderr };
+        let result = try_once(options, argv, &image, sinks);
+        if let Some(outcome) = settle(result, &mut reruns, stderr)? {
+            return Ok(outcome);
+        }
+    }
 }
 
-/// [`run`] with the output kept in memory; a hang is repeated in either mode, at most [`MAX_RERUNS`] times.
+/// [`run`] with the output of the last try kept in memory; reruns are told on this process's standard error.
 ///
 /// # Errors
 ///
-/// As [`run`]; [`Error::Hung`] only when the last try hung too.
+/// As [`run`].
 pub fn run_captured(options: &Options, argv: &[OsString]) -> Result<Captured, Error> {
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let outcome = run_held(options, argv, &mut stdout, &mut stderr)?;
+    let outcome = run_held(options, argv, (&mut stdout, &mut stderr), &mut std::io::stderr())?;
     Ok(Captured { outcome, stdout, stderr })
 }
 
-/// Tries until one does not hang; `stdout` and `stderr` hold the last try's output.
+/// Tries until the emulated host lasts; the two buffers hold the last try's output.
 fn run_held(
     options: &Options,
     argv: &[OsString],
-    stdout: &mut Vec<u8>,
-    stderr: &mut Vec<u8>,
+    (stdout, stderr): (&mut Vec<u8>, &mut Vec<u8>),
+    notes: &mut dyn Write,
 ) -> Result<Outcome, Error> {
     let image = Image::prepare()?;
     let mut reruns = 0;
@@ -162,10 +172,26 @@ fn run_held(
         stdout.clear();
         stderr.clear();
         let sinks = &mut session::Sinks { stdout: &mut *stdout, stderr: &mut *stderr };
-        match try_once(options, argv, &image, sinks) {
-            Err(Error::Hung { .. }) if reruns < MAX_RERUNS => reruns += 1,
-            result => return result.map(|outcome| Outcome { reruns, ..outcome }),
+        let result = try_once(options, argv, &image, sinks);
+        if let Some(outcome) = settle(result, &mut reruns, notes)? {
+            return Ok(outcome);
         }
+    }
+}
+
+/// What a try comes to; nothing when there should be another, which is counted and told.
+fn settle(
+    result: Result<Outcome, Error>,
+    reruns: &mut u32,
+    notes: &mut dyn Write,
+) -> Result<Option<Outcome>, Error> {
+    match result {
+        Err(error) if error.is_the_hosts() && *reruns < MAX_RERUNS => {
+            *reruns += 1;
+            writeln!(notes, "lab: rerun {reruns} of at most {MAX_RERUNS}: {error}").map_err(Error::Sink)?;
+            Ok(None)
+        }
+        result => result.map(|outcome| Some(Outcome { reruns: *reruns, ..outcome })),
     }
 }
 

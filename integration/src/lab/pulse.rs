@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 /// Processor time in which a living host beats several times over: a virtual second was measured at 5 to 6 s of it.
 const BUSY: Duration = Duration::from_secs(25);
 /// Wall time without a beat after which a QEMU that hardly ran counts as hung: an idle host's clock follows ours.
-const IDLE: Duration = Duration::from_secs(45);
+const IDLE: Duration = Duration::from_secs(30);
 /// What "hardly ran" is.
-const HARDLY: Duration = Duration::from_secs(2);
+const HARDLY: Duration = Duration::from_secs(1);
 
 /// When the emulated host last showed life.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ mod tests {
     fn a_host_that_stops_after_a_busy_start_has_hung() {
         let mut pulse = Pulse::new(0);
         assert_eq!(stops_after(&mut pulse, 1000, 20), None);
-        assert_eq!(stops_after(&mut pulse, 0, 100), Some(46));
+        assert_eq!(stops_after(&mut pulse, 0, 100), Some(30));
     }
 
     #[test]

@@ -14,8 +14,8 @@ const PROGRAM: &str = "qemu-system-x86_64";
 pub(super) const CHANNELS: [&str; 3] = ["out", "err", "control"];
 /// Kernel parameters of both modes. Mitigations, write protection and certificates guard nothing here and cost emulated
 /// instructions, as do the blacklisted initcalls (tracing, a self-tested entropy source, BPF type information): together
-/// a fifth of the boot. A panic ends QEMU.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off rodata=off random.trust_cpu=on audit=0 no_timer_check \
+/// a fifth of the boot. A panic ends QEMU; so does a CPU that is stuck in the kernel for 20 s, and an oops.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 nokaslr mitigations=off rodata=off random.trust_cpu=on audit=0 no_timer_check \
     initcall_blacklist=load_system_certificate_list,jent_mod_init,trace_eval_init,init_kprobe_trace,\
     bpf_dummy_struct_ops_init,bpf_tcp_ca_kfunc_init";
 

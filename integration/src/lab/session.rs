@@ -17,6 +17,8 @@ use super::{Error, Image, Options, Outcome, qemu};
 
 /// Lines of the console that an error shows.
 const SHOWN: usize = 12;
+/// How the kernel begins the report of a crash.
+const CRASHES: [&str; 4] = ["BUG:", "Oops:", "int3:", "Kernel panic"];
 /// Lines of the console that are kept.
 const KEPT: usize = 10_000;
 
@@ -106,11 +108,11 @@ impl Session {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::TimedOut { after: self.limit, console: self.console.last(SHOWN) });
+                return Err(Error::TimedOut { after: self.limit, console: self.console.ending() });
             }
             let ready = self.ready(left.min(CHECK))?;
             if ready.is_empty() && self.pulse.stopped() {
-                return Err(Error::Hung { after: self.started.elapsed(), console: self.console.last(SHOWN) });
+                return Err(Error::Hung { after: self.started.elapsed(), console: self.console.ending() });
             }
             for index in ready {
                 self.receive(index, &mut buffer, sinks)?;
@@ -203,7 +205,7 @@ impl Session {
         }
         let said = String::from_utf8_lossy(&self.qemu_said);
         let said = said.trim().lines().last().unwrap_or("nothing").to_owned();
-        Error::Died { said, console: self.console.last(SHOWN) }
+        Error::Died { said, console: self.console.ending() }
     }
 }
 
@@ -265,12 +267,42 @@ impl Console {
         }
     }
 
-    fn last(&self, count: usize) -> Vec<String> {
-        self.lines.iter().skip(self.lines.len().saturating_sub(count)).cloned().collect()
+    /// What an error shows: from the first word of a crash, or else the last lines.
+    fn ending(&self) -> Vec<String> {
+        let crash = self.lines.iter().position(|line| CRASHES.iter().any(|words| line.contains(words)));
+        let start = crash.unwrap_or(usize::MAX).min(self.lines.len().saturating_sub(SHOWN));
+        self.lines.iter().skip(start).take(SHOWN).cloned().collect()
     }
 
     pub(super) fn save(&self, path: &Path) -> Result<(), Error> {
         let text: String = self.lines.iter().flat_map(|line| [line, "\n"]).collect();
         std::fs::write(path, text).map_err(Error::file("write", path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn console(lines: impl IntoIterator<Item = String>) -> Console {
+        let mut console = Console::default();
+        lines.into_iter().for_each(|line| console.push(format!("{line}\r\n").as_bytes()));
+        console
+    }
+
+    #[test]
+    fn an_ending_is_the_last_lines() {
+        let lines: Vec<_> = (0..50).map(|number| format!("line {number}")).collect();
+        assert_eq!(console(lines.clone()).ending(), lines[38..]);
+        assert_eq!(console(lines[..3].to_vec()).ending(), lines[..3]);
+    }
+
+    #[test]
+    fn an_ending_in_a_crash_begins_with_its_cause() {
+        let trace = (0..50).map(|number| format!("trace {number}"));
+        let lines = ["fine".to_owned(), "[ 6.7] Kernel panic - not syncing: why".to_owned()];
+        let ending = console(lines.into_iter().chain(trace)).ending();
+        assert_eq!(ending[0], "[ 6.7] Kernel panic - not syncing: why");
+        assert_eq!(ending.len(), SHOWN);
     }
 }

@@ -36,7 +36,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let _quiet = lab::inside().then(hold_kvms_code_still);
     let mut arguments = Arguments::from_args();
     // Emulated machines side by side only slow each other down.
     arguments.test_threads.get_or_insert(2);
@@ -50,17 +49,6 @@ fn run() -> ExitCode {
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-/// A virtual CPU that never runs. While one exists whose APIC is off, KVM does not rewrite its own code each time
-/// another one's is switched; QEMU runs code that is being rewritten wrongly now and then, and the host dies of it.
-fn hold_kvms_code_still() -> std::io::Result<(kvm_ioctls::VmFd, kvm_ioctls::VcpuFd)> {
-    let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
-    let split =
-        kvm_bindings::kvm_enable_cap { cap: kvm_bindings::KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    vm.enable_cap(&split)?;
-    let vcpu = vm.create_vcpu(0)?;
-    Ok((vm, vcpu))
-}
-
 /// Runs this very program in the lab, with the programs under test copied to its memory.
 fn in_the_lab() -> Result<u8, Box<dyn std::error::Error>> {
     let myself = std::env::current_exe()?;
@@ -72,15 +60,6 @@ fn in_the_lab() -> Result<u8, Box<dyn std::error::Error>> {
     let arguments = std::iter::once(myself.into_os_string()).chain(std::env::args_os().skip(1));
     say(&format!("{}: running in the lab", lab::host_runs_linux().reason()));
     let argv: Vec<_> = arguments.collect();
-    for rerun in 1..=lab::MAX_RERUNS {
-        match lab::run(&options, &argv, &mut stdout(), &mut stderr()) {
-            // The emulated host itself died or hung; what a test says is never asked for twice.
-            Err(error @ (lab::Error::Died { .. } | lab::Error::Hung { .. })) => {
-                say(&format!("rerun {rerun}: {error}"))
-            }
-            result => return Ok(result?.status),
-        }
-    }
     Ok(lab::run(&options, &argv, &mut stdout(), &mut stderr())?.status)
 }
 

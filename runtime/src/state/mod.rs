@@ -1,0 +1,272 @@
+//! What mvm knows of its containers on this host, so that any process can find, use and clean up after another.
+//!
+//! One directory for each container, below a home (`MVM_RUN`, or `/run/mvm`):
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `lock` | locked for as long as the process lives that owns the container |
+//! | `record.json` | what the container is and how it fares; replaced whole |
+//! | `ledger` | the host's resources it has, each noted before it is made |
+//! | `control.sock` | where its owner takes requests |
+//! | `log` | what it has written |
+//!
+//! An owner that dies drops its lock: whoever takes it then knows that the ledger must be settled.
+
+mod gc;
+mod ledger;
+mod process;
+mod record;
+
+pub use gc::{Cleaned, collect};
+pub use ledger::{Ledger, Resource};
+pub use process::ProcessId;
+pub use record::{Condition, Record, Restart};
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::failure::{Context, Failure};
+
+/// Name of a container's control socket.
+pub const CONTROL: &str = "control.sock";
+/// Name of the file its output is kept in.
+pub const LOG: &str = "log";
+const LOCK: &str = "lock";
+const RECORD: &str = "record.json";
+const LEDGER: &str = "ledger";
+
+/// The directory all containers of a user are found in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home(PathBuf);
+
+/// A container's directory, owned by this process until this is dropped.
+#[derive(Debug)]
+pub struct Owned {
+    directory: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// A container as another process sees it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Its record.
+    pub record: Record,
+    /// The process that owns it is there.
+    pub owned: bool,
+}
+
+impl Home {
+    /// `MVM_RUN`, or `/run/mvm`.
+    pub fn default_place() -> Self {
+        Self(std::env::var_os("MVM_RUN").map_or_else(|| PathBuf::from("/run/mvm"), PathBuf::from))
+    }
+
+    /// The home at `path`.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A new container's directory, owned by this process.
+    ///
+    /// # Errors
+    /// The name is taken, or the directory cannot be made.
+    pub fn create(&self, id: &str) -> Result<Owned, Failure> {
+        let directory = self.0.join("containers").join(id);
+        let failed = || format!("cannot make {}", directory.display());
+        let private = |recursive| {
+            let mut builder = DirBuilder::new();
+            builder.mode(0o700).recursive(recursive);
+            builder
+        };
+        let parent = self.0.join("containers");
+        private(true)
+            .create(&parent)
+            .context(|| format!("cannot make {}", parent.display()))
+            .map_err(|failure| failure.help("run as root, or name another directory in MVM_RUN"))?;
+        match private(false).create(&directory) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(Failure::new(format!("there is a container {id} already"))
+                    .help(format!("choose another name, or remove it: mvm rm {id}")))
+            }
+            other => other.context(failed),
+        }?;
+        let lock = lock(&directory).context(failed)?;
+        let lock = lock.ok_or_else(|| Failure::new(format!("{} is in use", directory.display())))?;
+        Ok(Owned { directory, _lock: lock })
+    }
+
+    /// All containers, oldest first. Directories without a record are passed over: they are being made or removed.
+    ///
+    /// # Errors
+    /// The home cannot be read.
+    pub fn list(&self) -> Result<Vec<Seen>, Failure> {
+        let mut seen: Vec<Seen> = self.directories()?.into_iter().filter_map(see).collect();
+        seen.sort_by(|a, b| (a.record.created, &a.record.id).cmp(&(b.record.created, &b.record.id)));
+        Ok(seen)
+    }
+
+    /// The container that `name` means: its name, its id, or the beginning of an id that fits one only.
+    ///
+    /// # Errors
+    /// None, or several.
+    pub fn find(&self, name: &str) -> Result<Seen, Failure> {
+        let mut all = self.list()?;
+        if let Some(at) = all.iter().position(|it| it.record.name == name || it.record.id == name) {
+            return Ok(all.swap_remove(at));
+        }
+        let mut fits = all.into_iter().filter(|it| !name.is_empty() && it.record.id.starts_with(name));
+        match (fits.next(), fits.next()) {
+            (Some(one), None) => Ok(one),
+            (Some(_), Some(_)) => Err(Failure::new(format!("several containers begin with {name}"))
+                .help("give more of the id; `mvm ps -a` lists them")),
+            (None, _) => {
+                Err(Failure::new(format!("there is no container {name}")).help("`mvm ps -a` lists them"))
+            }
+        }
+    }
+
+    /// Directories of containers, in no order.
+    pub(crate) fn directories(&self) -> Result<Vec<PathBuf>, Failure> {
+        let path = self.0.join("containers");
+        let read =
+            || -> io::Result<Vec<PathBuf>> { fs::read_dir(&path)?.map(|entry| Ok(entry?.path())).collect() };
+        match read() {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            other => other.context(|| format!("cannot read {}", path.display())),
+        }
+    }
+}
+
+impl Owned {
+    /// Takes over a directory whose owner is gone; `None` if it is not.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn take(directory: &Path) -> io::Result<Option<Self>> {
+        Ok(lock(directory)?.map(|lock| Self { directory: directory.to_owned(), _lock: lock }))
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Replaces the record.
+    ///
+    /// # Errors
+    /// It cannot be written; the old one stands then.
+    pub fn write(&self, record: &Record) -> Result<(), Failure> {
+        record.write(&self.directory.join(RECORD))
+    }
+
+    /// The record.
+    ///
+    /// # Errors
+    /// There is none, or it is not one.
+    pub fn read(&self) -> Result<Record, Failure> {
+        Record::read(&self.directory.join(RECORD))
+    }
+
+    /// The list of its resources on this host.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn ledger(&self) -> Result<Ledger, Failure> {
+        Ledger::open(&self.directory.join(LEDGER))
+    }
+
+    /// Removes the directory. What its ledger names must be gone.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn remove(self) -> io::Result<()> {
+        // The record first: what cannot be seen is not used.
+        for name in [RECORD, CONTROL] {
+            match fs::remove_file(self.directory.join(name)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        fs::remove_dir_all(&self.directory)
+    }
+}
+
+/// The lock of a directory, if nobody has it and the directory is still there.
+fn lock(directory: &Path) -> io::Result<Option<Flock<File>>> {
+    let path = directory.join(LOCK);
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(path.exists().then_some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(errno.into()),
+    }
+}
+
+fn see(directory: PathBuf) -> Option<Seen> {
+    let record = Record::read(&directory.join(RECORD)).ok()?;
+    let owned = matches!(lock(&directory), Ok(None));
+    Some(Seen { directory, record, owned })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn home() -> (tempfile::TempDir, Home) {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(dir.path().join("run"));
+        (dir, home)
+    }
+
+    fn record(id: &str, name: &str) -> Record {
+        Record { id: id.to_owned(), name: name.to_owned(), ..Record::default() }
+    }
+
+    #[test]
+    fn a_container_is_found_by_name_id_or_the_beginning_of_its_id() {
+        let (_dir, home) = home();
+        let owned: Vec<_> = [("abc123", "web"), ("abd456", "db")]
+            .map(|(id, name)| {
+                let owned = home.create(id).unwrap();
+                owned.write(&record(id, name)).unwrap();
+                owned
+            })
+            .into();
+        for name in ["web", "abc123", "abc"] {
+            assert_eq!(home.find(name).unwrap().record.id, "abc123", "{name}");
+        }
+        assert!(home.find("ab").unwrap_err().report().contains("several"));
+        assert!(home.find("x").unwrap_err().report().contains("no container"));
+        assert!(home.find("").is_err());
+        assert!(home.list().unwrap().iter().all(|it| it.owned));
+        drop(owned);
+        assert!(home.list().unwrap().iter().all(|it| !it.owned));
+    }
+
+    #[test]
+    fn a_name_is_given_once_and_free_after_removal() {
+        let (_dir, home) = home();
+        let owned = home.create("a").unwrap();
+        assert!(home.create("a").unwrap_err().report().contains("already"));
+        assert!(Owned::take(owned.path()).unwrap().is_none(), "it is owned");
+        owned.remove().unwrap();
+        assert!(home.create("a").is_ok());
+    }
+
+    #[test]
+    fn a_home_that_is_not_there_is_empty() {
+        let (_dir, home) = home();
+        assert!(home.list().unwrap().is_empty());
+    }
+}

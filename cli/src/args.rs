@@ -8,6 +8,8 @@ use mvm_devices::virtio::{DeviceSpec, NAMES};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
+use crate::life::args::Life;
+
 /// Run containers and kernels, each in a micro-VM of its own
 #[derive(Debug, Parser)]
 #[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true)]
@@ -25,8 +27,20 @@ pub(crate) enum Command {
     Boot(Box<Boot>),
     /// Run a container in a micro-VM
     Run(Box<Run>),
+    #[command(flatten)]
+    Life(Life),
     /// Check whether this host can run micro-VMs
     Doctor(Doctor),
+    /// Print what makes a shell complete these commands
+    Completion(Completion),
+}
+
+/// Prints a script for a shell: bash and fish read it from a file in their completion directory, zsh from one in
+/// its fpath.
+#[derive(Debug, Args)]
+pub(crate) struct Completion {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
 }
 
 /// Boots a kernel and waits until the machine ends.

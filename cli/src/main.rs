@@ -3,13 +3,16 @@
 mod args;
 mod boot;
 mod doctor;
+mod life;
 mod run;
+mod stdio;
+mod table;
 mod terminal;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use mvm_runtime::failure::Failure;
 
 use args::{Arguments, Command};
@@ -26,7 +29,12 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Boot(boot) => boot::boot(*boot),
         Command::Run(run) => run::run(*run),
+        Command::Life(command) => life::life(command),
         Command::Doctor(options) => doctor::doctor(&options),
+        Command::Completion(options) => {
+            complete(options.shell);
+            Ok(0)
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),
@@ -35,6 +43,11 @@ fn main() -> ExitCode {
             ExitCode::from(run::exit_code(&failure).unwrap_or(FAILED))
         }
     }
+}
+
+/// Prints what makes a shell complete our commands.
+fn complete(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Arguments::command(), "mvm", &mut std::io::stdout());
 }
 
 /// The one printer of errors.

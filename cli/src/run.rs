@@ -1,64 +1,75 @@
 //! `mvm run`: a container in a machine of its own, on this terminal, with its exit code as ours.
 
 mod progress;
-mod stdio;
 
-use std::io::IsTerminal;
+use std::sync::Arc;
 
-use mvm_runtime::agent::StdioSpec;
+use mvm_protocol::{SignalTarget, WindowSize};
+use mvm_runtime::agent::{AgentClient, StdioSpec};
 use mvm_runtime::container::{
     Container, Cost, NotRunnable, Overrides, Request, Upper, root_file_system, state_dir,
 };
 use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::owner::Refused;
 use mvm_vmm::config::MachineId;
 use nix::sys::signal::Signal;
 
 use crate::args::Run;
-use crate::terminal::{block_signals, size};
-use crate::{say, terminal};
-
-/// Signals that go to the container instead of ending `mvm`.
-const FORWARDED: [Signal; 7] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGWINCH,
-];
+use crate::say;
+use crate::stdio::{self, Streams, Target};
+use crate::terminal::size;
 
 pub(crate) fn run(options: Run) -> Result<u8, Failure> {
-    if options.tty && !std::io::stdin().is_terminal() {
-        return Err(
-            Failure::new("cannot give the container a terminal: standard input is none").help("leave -t out")
-        );
-    }
+    stdio::check_terminal(options.tty)?;
     let state = state_dir();
     let image = root_file_system(&options.image, &state, &mut progress::Bar::default())?;
     let request = request(&options)?;
     let overrides = overrides(&options);
     // What is wrong with the command is said before a machine is booted for it.
-    let spec = overrides.process(&image.config, stdio(&options))?;
-    // Before any thread starts, so that all of them leave these to the one that passes them on.
-    let signals = block_signals(&FORWARDED).context(|| "cannot block signals".to_owned())?;
+    let spec = overrides.process(&image.config, connected(&options))?;
+    let signals = stdio::hold_signals()?;
 
     let mut container = Container::boot(&request, &image, &state)?;
     let process = container.start(spec)?;
-    let raw = if options.tty {
-        Some(terminal::RawMode::enter().context(|| "cannot use this terminal".to_owned())?)
-    } else {
-        None
+    let id = process.id;
+    let target = Guest { agent: Arc::clone(&container.agent), process: id, machine: container.machine.pid() };
+    let streams = Streams {
+        terminal: process.terminal,
+        stdin: process.stdin,
+        stdout: process.stdout,
+        stderr: process.stderr,
     };
-    let status = stdio::serve(&container, process, signals);
-    drop(raw);
-    let status = status?;
+    let code = stdio::serve(streams, signals, target, || {
+        let status = container.agent.wait(id, None);
+        status.map(|it| it.shell_code()).context(|| "cannot learn how the process ended".to_owned())
+    })?;
     container.timeline.reach("process has ended");
     if options.stats {
         report(&container, request.memory.bytes());
     }
     container.end()?;
-    Ok(status.shell_code())
+    Ok(code)
+}
+
+/// A container's process.
+struct Guest {
+    agent: Arc<AgentClient>,
+    process: u64,
+    machine: i32,
+}
+
+impl Target for Guest {
+    fn resize(&self, size: WindowSize) {
+        let _ = self.agent.resize(self.process, size);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let _ = self.agent.signal(self.process, signal as i32, SignalTarget::Process);
+    }
+
+    fn give_up(&self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.machine), Signal::SIGKILL);
+    }
 }
 
 /// The exit code a failure stands for, if it is about the container's program.
@@ -67,6 +78,9 @@ pub(crate) fn exit_code(failure: &Failure) -> Option<u8> {
     while let Some(error) = cause {
         if let Some(program) = error.downcast_ref::<NotRunnable>() {
             return Some(program.exit_code);
+        }
+        if let Some(refused) = error.downcast_ref::<Refused>() {
+            return Some(refused.exit_code);
         }
         cause = error.source();
     }
@@ -97,21 +111,26 @@ fn generated_name() -> Result<MachineId, Failure> {
     name.parse().context(|| "cannot name the machine".to_owned())
 }
 
-fn overrides(options: &Run) -> Overrides {
-    let passed_on = |variable: &String| match variable.split_once('=') {
+/// Variables as given, or of our own environment where only the name is.
+pub(crate) fn passed_on(variables: &[String]) -> Vec<String> {
+    let value = |variable: &String| match variable.split_once('=') {
         Some(_) => Some(variable.clone()),
         None => std::env::var(variable).ok().map(|value| format!("{variable}={value}")),
     };
+    variables.iter().filter_map(value).collect()
+}
+
+fn overrides(options: &Run) -> Overrides {
     Overrides {
         entrypoint: options.entrypoint.clone(),
         command: options.command.clone(),
-        env: options.env.iter().filter_map(passed_on).collect(),
+        env: passed_on(&options.env),
         cwd: options.workdir.clone(),
         user: options.user.clone(),
     }
 }
 
-fn stdio(options: &Run) -> StdioSpec {
+fn connected(options: &Run) -> StdioSpec {
     if options.tty {
         StdioSpec::Terminal(size())
     } else {

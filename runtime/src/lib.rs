@@ -9,5 +9,6 @@ pub mod guest;
 pub mod image;
 pub mod machine;
 pub mod net;
+pub mod owner;
 pub mod sandbox;
 pub mod state;

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mvm_protocol::{ExitStatus, RootStats, SignalTarget, WindowSize};
+use mvm_protocol::{ExitStatus, Get, Got, Put, RootStats, SignalTarget, WindowSize};
 use mvm_vmm::config::MachineId;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 
@@ -131,6 +131,18 @@ pub trait Sandbox: Send + Sync {
     /// # Errors
     /// A limit the guest cannot hold, or the agent does not answer.
     fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), Failure>;
+
+    /// Puts files into the guest.
+    ///
+    /// # Errors
+    /// The agent's reason.
+    fn put(&self, put: Put) -> Result<(), Failure>;
+
+    /// Reads a file or directory of the guest.
+    ///
+    /// # Errors
+    /// The agent's reason.
+    fn get(&self, get: Get) -> Result<Got, Failure>;
 
     /// Kills in a container for want of memory so far. Cheap: nothing is asked.
     fn memory_kills(&self, container: &str) -> u64;

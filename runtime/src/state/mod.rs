@@ -12,6 +12,7 @@
 //!
 //! An owner that dies drops its lock: whoever takes it then knows that the ledger must be settled.
 
+pub mod events;
 mod gc;
 mod ledger;
 mod process;
@@ -20,6 +21,7 @@ mod record;
 pub use gc::{Cleaned, collect};
 pub use ledger::{Ledger, Resource};
 pub use process::ProcessId;
+pub(crate) use record::now;
 pub use record::{Condition, Record, Restart};
 
 use std::fs::{self, DirBuilder, File};

@@ -2,10 +2,12 @@
 
 mod cost;
 mod process;
+mod spec;
 mod timeline;
 
 pub use cost::Cost;
 pub use process::{NotRunnable, Overrides};
+pub use spec::{CapName, Volume, Wishes, spec};
 pub use timeline::Timeline;
 
 use std::path::{Path, PathBuf};

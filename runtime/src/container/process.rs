@@ -42,10 +42,7 @@ impl Overrides {
     /// # Errors
     /// Neither names a program.
     pub fn process(&self, image: &ImageConfig, stdio: StdioSpec) -> Result<ProcessSpec, Failure> {
-        let args = self.args(image);
-        if args.is_empty() {
-            return Err(Failure::new("the image names no command").help("give one: mvm run IMAGE -- CMD"));
-        }
+        let args = self.program(image)?;
         let cwd = self.cwd.clone().unwrap_or_else(|| image.cwd.clone());
         Ok(ProcessSpec {
             root: Some(ROOT.to_owned()),
@@ -60,16 +57,21 @@ impl Overrides {
         })
     }
 
-    fn args(&self, image: &ImageConfig) -> Vec<String> {
-        match &self.entrypoint {
+    /// Program and arguments.
+    pub(super) fn program(&self, image: &ImageConfig) -> Result<Vec<String>, Failure> {
+        let args: Vec<String> = match &self.entrypoint {
             Some(program) => std::iter::once(program).chain(&self.command).cloned().collect(),
             None if self.command.is_empty() => image.entrypoint.iter().chain(&image.cmd).cloned().collect(),
             None => image.entrypoint.iter().chain(&self.command).cloned().collect(),
+        };
+        if args.is_empty() {
+            return Err(Failure::new("the image names no command").help("give one: mvm run IMAGE -- CMD"));
         }
+        Ok(args)
     }
 
     /// The image's variables, then the user's, the last of a name wins; with the few that programs expect.
-    fn environment(&self, image: &ImageConfig, terminal: bool) -> Vec<String> {
+    pub(super) fn environment(&self, image: &ImageConfig, terminal: bool) -> Vec<String> {
         let expected = [DEFAULT_PATH].into_iter().chain(terminal.then_some("TERM=xterm"));
         let given = image.env.iter().chain(&self.env).map(String::as_str);
         let all: Vec<_> = expected.chain(given).collect();

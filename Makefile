@@ -8,12 +8,13 @@
 #   make build    binaries, guest kernel and agent, laid out as installed under target/dist
 #   make kernel   the guest kernel alone                  (prints where it is)
 #   make install  to PREFIX, by default /usr/local
+#   make deb      a Debian package with all of it
 #   make clean    everything that was built; the kernel cache stays
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install demo check test unit e2e bench lab clean
+.PHONY: help setup kernel build install manual deb demo check test unit e2e bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -32,17 +33,30 @@ kernel: setup
 
 # Everything as it would be installed; the kernel comes from the cache if nothing it depends on changed.
 build: setup
-	$(CARGO) build --release -p mvm-cli -p mvm-vmm -p mvm-agent
+	$(CARGO) build --release -p mvm-cli -p mvm-vmm -p mvm-agent -p mvm-shim
 	@install -d $(DIST)/bin $(DIST)/share/mvm
-	@install -t $(DIST)/bin $(addprefix $(TARGET)/release/,mvm mvm-vmm)
+	@install -t $(DIST)/bin $(addprefix $(TARGET)/release/,mvm mvm-vmm containerd-shim-mvm-v2)
 	@install -t $(DIST)/share/mvm $(TARGET)/release/mvm-agent
 	@kernel=$$(kernel-config/build.sh) && cp -f "$$kernel" $(DIST)/share/mvm/vmlinux
 
 install: build
 	install -d $(PREFIX)/bin $(PREFIX)/share/mvm
-	install -t $(PREFIX)/bin $(addprefix $(DIST)/bin/,mvm mvm-vmm)
+	install -t $(PREFIX)/bin $(addprefix $(DIST)/bin/,mvm mvm-vmm containerd-shim-mvm-v2)
 	install -m 644 -t $(PREFIX)/share/mvm $(DIST)/share/mvm/vmlinux
 	install -t $(PREFIX)/share/mvm $(DIST)/share/mvm/mvm-agent
+
+# The manual's pages and what makes shells complete commands, both made by `mvm` itself.
+manual: build
+	@$(DIST)/bin/mvm manual $(DIST)/share/man/man1
+	@install -d $(DIST)/share/{bash-completion/completions,zsh/vendor-completions,fish/vendor_completions.d}
+	@$(DIST)/bin/mvm completion bash >$(DIST)/share/bash-completion/completions/mvm
+	@$(DIST)/bin/mvm completion zsh >$(DIST)/share/zsh/vendor-completions/_mvm
+	@$(DIST)/bin/mvm completion fish >$(DIST)/share/fish/vendor_completions.d/mvm.fish
+
+# target/debian/mvm_*.deb with all of it.
+deb: manual
+	command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	cargo deb -p mvm-cli --no-build --target x86_64-unknown-linux-gnu
 
 demo: build
 	@$(CARGO) run -q -p mvm-integration --bin demo

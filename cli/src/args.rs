@@ -33,6 +33,9 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Print what makes a shell complete these commands
     Completion(Completion),
+    /// Write the manual's pages
+    #[command(hide = true)]
+    Manual(Manual),
 }
 
 /// Prints a script for a shell: bash and fish read it from a file in their completion directory, zsh from one in
@@ -41,6 +44,13 @@ pub(crate) enum Command {
 pub(crate) struct Completion {
     /// The shell
     pub(crate) shell: clap_complete::Shell,
+}
+
+/// Writes the manual's pages into a directory.
+#[derive(Debug, Args)]
+pub(crate) struct Manual {
+    /// The directory; made if it is missing
+    pub(crate) directory: PathBuf,
 }
 
 /// Boots a kernel and waits until the machine ends.

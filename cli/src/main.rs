@@ -13,7 +13,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use mvm_runtime::failure::Failure;
+use mvm_runtime::failure::{Context, Failure};
 
 use args::{Arguments, Command};
 
@@ -35,6 +35,7 @@ fn main() -> ExitCode {
             complete(options.shell);
             Ok(0)
         }
+        Command::Manual(options) => manual(&options.directory),
     };
     match result {
         Ok(code) => ExitCode::from(code),
@@ -48,6 +49,14 @@ fn main() -> ExitCode {
 /// Prints what makes a shell complete our commands.
 fn complete(shell: clap_complete::Shell) {
     clap_complete::generate(shell, &mut Arguments::command(), "mvm", &mut std::io::stdout());
+}
+
+/// Writes a page for `mvm` and one for each command.
+fn manual(directory: &std::path::Path) -> Result<u8, Failure> {
+    let written = std::fs::create_dir_all(directory)
+        .and_then(|()| clap_mangen::generate_to(Arguments::command(), directory));
+    written.context(|| format!("cannot write the manual into {}", directory.display()))?;
+    Ok(0)
 }
 
 /// The one printer of errors.

@@ -84,8 +84,11 @@ impl Storage {
         lower: &[Lower],
         writable: &Writable,
     ) -> Result<String> {
-        if lower.is_empty() || lower.len() > limits::MAX_LAYERS {
-            return Err(Error::Invalid("a root needs between 1 and 128 layers".into()));
+        let whole = matches!(writable, Writable::Whole { .. });
+        if lower.is_empty() != whole || lower.len() > limits::MAX_LAYERS {
+            return Err(Error::Invalid(
+                "a root needs between 1 and 128 layers, or one disk that is all of it".into(),
+            ));
         }
         let before = self.mark();
         let result = self.lay_root(kernel, id, lower, writable);
@@ -106,6 +109,11 @@ impl Storage {
             lower.iter().map(|layer| self.layer(kernel, layer)).collect::<Result<_>>()?;
         let target = self.path(&format!("root/{id}"));
         let upper = match writable {
+            Writable::Whole { serial } => {
+                let disk = self.disk(kernel, serial, DiskFilesystem::Ext4, MsFlags::empty())?;
+                self.mount(kernel, &bind_call(&disk, &target)?)?;
+                return Ok(target);
+            }
             Writable::No => None,
             Writable::Tmpfs { size } => {
                 let upper = self.path(&format!("upper/{id}"));

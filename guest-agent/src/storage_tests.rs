@@ -76,6 +76,15 @@ fn a_root_is_an_overlay_of_disks_found_by_serial_under_a_bounded_tmpfs() {
 }
 
 #[test]
+fn a_disk_that_is_the_whole_root_is_bound_writable_and_has_no_layers() {
+    let whole = Writable::Whole { serial: "b".into() };
+    let mounts = guest(&[("vda", "a"), ("vdb", "b")]).mount_root(&[], whole.clone()).unwrap();
+    assert_eq!(mounts, ["ext4 /dev/vdb d/0 ", "none d/0 root/c1 "]);
+    assert!(guest(&[("vda", "a"), ("vdb", "b")]).mount_root(&[erofs("a")], whole).is_err());
+    assert!(guest(&[("vda", "a")]).mount_root(&[], Writable::No).is_err());
+}
+
+#[test]
 fn a_single_read_only_layer_is_bound_read_only_not_overlaid() {
     let mounts = guest(&[("vda", "a")]).mount_root(&[erofs("a")], Writable::No).unwrap();
     assert_eq!(mounts, ["erofs /dev/vda d/0  ro", "none d/0 root/c1 ", "none d/0 root/c1  ro"]);

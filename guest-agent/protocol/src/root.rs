@@ -53,7 +53,7 @@ pub enum DiskFilesystem {
 pub struct SetupRoot {
     /// 1 to 64 letters, digits, `-`, `_`, `.`; it does not begin with a dot.
     pub id: String,
-    /// Read-only layers, the topmost first; at least one.
+    /// Read-only layers, the topmost first: at least one, but none below [`Writable::Whole`].
     pub lower: Vec<Lower>,
     /// Where the container's writes go.
     pub writable: Writable,
@@ -87,6 +87,11 @@ pub enum Writable {
     },
     /// Onto an ext4 disk, in directories `upper` and `work` of it.
     Disk {
+        /// The disk's virtio serial.
+        serial: String,
+    },
+    /// Onto an ext4 disk that is the root itself, as block snapshotters make them; nothing lies below it.
+    Whole {
         /// The disk's virtio serial.
         serial: String,
     },

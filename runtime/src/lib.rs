@@ -10,5 +10,6 @@ pub mod image;
 pub mod machine;
 pub mod net;
 pub mod owner;
+pub mod rootfs;
 pub mod sandbox;
 pub mod state;

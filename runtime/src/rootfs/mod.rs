@@ -1,0 +1,93 @@
+//! A container's root file system becomes disks.
+//!
+//! What an engine's snapshotter hands out are mounts of the host. [`prepare`] turns them into disks of the machine
+//! and into what the agent is told to make of these: read-only layers as EROFS images, and one ext4 disk that takes
+//! the writes. Directories are converted; block files, devices and images that are there already go straight through.
+//!
+//! Nothing is mounted on the host, and nothing of a snapshot is changed but for the disk of writes that is laid
+//! beside it, so that whoever removes the snapshot removes the writes too.
+
+use std::path::Path;
+
+use mvm_protocol::{Lower, Writable};
+
+use crate::failure::Failure;
+use crate::image::Progress;
+use crate::machine::Disk;
+use crate::sandbox::RootfsMount;
+
+/// Most layers of a container that become a disk each, unless [`Request::layer_disks`] says otherwise; more are
+/// merged into one. A machine's bus has 32 places.
+pub const LAYER_DISKS: usize = 8;
+
+/// Size of the disk that takes a container's writes, in bytes. It is sparse: it costs what is written.
+pub const UPPER_BYTES: u64 = 8 << 30;
+
+/// A container's root file system as its engine describes it.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// The container's id. Serials of its disks are made from it, so that no two containers share one.
+    pub container: &'a str,
+    /// What the snapshotter gave; empty if `root` is to be used.
+    pub mounts: &'a [RootfsMount],
+    /// The bundle's own root directory, absolute.
+    pub root: Option<&'a Path>,
+    /// Where writes go, if the snapshotter has no disk for them.
+    pub upper: Upper,
+    /// A directory that lives as long as the container does: what cannot be shared is built there.
+    pub directory: &'a Path,
+    /// Most layers that become a disk each, at least 1.
+    pub layer_disks: usize,
+}
+
+/// Where a container's writes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Upper {
+    /// Onto a disk of this size in bytes, kept with the snapshot: a container that is made of the same snapshot
+    /// again finds them.
+    Disk {
+        /// Its size in bytes; [`UPPER_BYTES`] is the usual one. One that is there keeps the size it has.
+        bytes: u64,
+    },
+    /// Into the guest's memory, gone with the container.
+    Memory {
+        /// Most they may take in bytes, 0 for half the guest's memory.
+        bytes: u64,
+    },
+    /// Nowhere: the root is read-only from the start, and mount points that are missing cannot be made.
+    Nowhere,
+}
+
+impl Default for Upper {
+    fn default() -> Self {
+        Self::Disk { bytes: UPPER_BYTES }
+    }
+}
+
+/// A root file system in terms of a machine. To be kept while the container lives: shared images are not removed
+/// from the cache as long as it is.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Disks to attach.
+    pub disks: Vec<Disk>,
+    /// What the agent lays the root over, the topmost first.
+    pub lower: Vec<Lower>,
+    /// Where the agent puts writes.
+    pub writable: Writable,
+    /// The snapshotter gave a view, or a mount that cannot be written: the container's root must be made read-only
+    /// ([`mvm_protocol::Surroundings::read_only_root`]) even if its specification does not ask for it.
+    pub read_only: bool,
+}
+
+/// Turns a container's root file system into disks; `state` is [`crate::container::state_dir`].
+///
+/// # Errors
+/// Mounts that cannot be understood, or an image that cannot be made.
+pub fn prepare(
+    request: &Request<'_>,
+    state: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Prepared, Failure> {
+    let _ = (request, state, progress);
+    Err(Failure::new("cannot prepare a root file system: not built in"))
+}

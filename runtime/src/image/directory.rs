@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::dir::Dir;
@@ -55,15 +55,48 @@ pub(super) fn fingerprint(path: &Path) -> Result<[u8; 32]> {
     Ok(fingerprint.0.finalize().into())
 }
 
-/// Puts a directory on the tree as one layer. With `overlay`, its whiteouts hide what is below.
+/// What the notes of an overlay in a directory, whiteouts among them, are taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Notes {
+    /// Files like any other; attributes are left out.
+    Ignored,
+    /// Orders: what is below is hidden.
+    Obeyed,
+    /// Notes for another overlay, which will obey them.
+    Kept,
+}
+
+/// Hashes what tells a directory from any other that ever was at its path: that of a committed snapshot, in which
+/// nothing changes any more.
+pub(super) fn identity(path: &Path) -> Result<[u8; 32]> {
+    let open = |source| Error::Open { path: path.to_owned(), source };
+    let metadata = path.metadata().map_err(open)?;
+    let mut hash = Sha256::new();
+    hash.update(path.as_os_str().as_bytes());
+    for number in [metadata.dev(), metadata.ino()] {
+        hash.update(number.to_le_bytes());
+    }
+    for number in [metadata.ctime(), metadata.ctime_nsec()] {
+        hash.update(number.to_le_bytes());
+    }
+    // Where the directory is the mount of an image, mounts of other images may look the same.
+    let image = path.parent().and_then(|parent| parent.join("layer.erofs").metadata().ok());
+    if let Some(image) = image {
+        hash.update(image.ino().to_le_bytes());
+        hash.update(image.ctime_nsec().to_le_bytes());
+    }
+    Ok(hash.finalize().into())
+}
+
+/// Puts a directory on the tree as one layer.
 pub(super) fn take_in(
     path: &Path,
-    overlay: bool,
+    notes: Notes,
     merger: &mut Merger,
     writer: &mut Writer,
     progress: &mut dyn Progress,
 ) -> Result<()> {
-    walk(path, &mut Intake { overlay, merger, writer, progress, links: HashMap::new() })
+    walk(path, &mut Intake { notes, merger, writer, progress, links: HashMap::new() })
 }
 
 fn walk<V: Visitor>(top: &Path, visitor: &mut V) -> Result<()> {
@@ -168,7 +201,7 @@ impl Visitor for Fingerprint {
 
 /// Puts what is found on the tree.
 struct Intake<'a> {
-    overlay: bool,
+    notes: Notes,
     merger: &'a mut Merger,
     writer: &'a mut Writer,
     progress: &'a mut dyn Progress,
@@ -180,7 +213,7 @@ impl Visitor for Intake<'_> {
     type Place = NodeId;
 
     fn root(&mut self, directory: BorrowedFd<'_>, stat: &FileStat) -> Result<NodeId> {
-        let meta = meta(stat, Some(directory))?;
+        let meta = self.meta(stat, Some(directory))?;
         self.merger.set_root(b"/", Node::directory(meta))
     }
 
@@ -190,7 +223,7 @@ impl Visitor for Intake<'_> {
         let kind = match file_type(stat) {
             SFlag::S_IFDIR => return self.directory(parent, found).map(Some),
             SFlag::S_IFREG => return self.file(parent, found).map(|()| None),
-            SFlag::S_IFCHR if self.overlay && (major, minor) == (0, 0) => {
+            SFlag::S_IFCHR if self.notes == Notes::Obeyed && (major, minor) == (0, 0) => {
                 self.merger.hide(parent, name);
                 return Ok(None);
             }
@@ -200,7 +233,7 @@ impl Visitor for Intake<'_> {
             SFlag::S_IFIFO => Kind::Fifo,
             _ => Kind::Socket,
         };
-        self.merger.put(parent, name, Node { meta: meta(stat, None)?, kind })?;
+        self.merger.put(parent, name, Node { meta: self.meta(stat, None)?, kind })?;
         Ok(None)
     }
 }
@@ -208,9 +241,9 @@ impl Visitor for Intake<'_> {
 impl Intake<'_> {
     fn directory(&mut self, parent: NodeId, found: &Found<'_>) -> Result<NodeId> {
         let file = open(found, OFlag::O_DIRECTORY)?;
-        let node = Node::directory(meta(&found.stat, Some(file.as_fd()))?);
+        let node = Node::directory(self.meta(&found.stat, Some(file.as_fd()))?);
         let id = self.merger.put(parent, found.name.to_bytes(), node)?;
-        if self.overlay && host_xattr::is_opaque(file.as_fd()) {
+        if self.notes == Notes::Obeyed && host_xattr::is_opaque(file.as_fd()) {
             self.merger.clear(id);
         }
         Ok(id)
@@ -228,7 +261,7 @@ impl Intake<'_> {
         }
         let size = u64::try_from(stat.st_size).map_err(|_| read(io::ErrorKind::InvalidData.into()))?;
         self.merger.charge_data(size)?;
-        let node_meta = meta(&stat, Some(file.as_fd()))?;
+        let node_meta = self.meta(&stat, Some(file.as_fd()))?;
         let extents = extents(&file, &stat, size).map_err(|errno| read(errno.into()))?;
         let mut body = Body { file: &file, extents: extents.clone().into_iter(), current: 0..0 };
         let content = self.writer.append_sparse(&mut body, size, &extents).map_err(body_error)?;
@@ -238,6 +271,26 @@ impl Intake<'_> {
         }
         self.progress.advance(size);
         Ok(())
+    }
+
+    fn meta(&self, stat: &FileStat, open: Option<BorrowedFd<'_>>) -> Result<Meta> {
+        if self.notes == Notes::Obeyed && open.is_some_and(host_xattr::is_elsewhere) {
+            return Err(read(io::Error::other(
+                "its content lies elsewhere in the overlay (redirect, metacopy)",
+            )));
+        }
+        let xattrs = open.map(|file| host_xattr::read(file, self.notes == Notes::Kept)).transpose();
+        Ok(Meta {
+            // Twelve bits are left.
+            mode: (stat.st_mode & 0o7777) as u16,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mtime: Mtime {
+                seconds: stat.st_mtime,
+                nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or_default(),
+            },
+            xattrs: xattrs.map_err(read)?.unwrap_or_default(),
+        })
     }
 }
 
@@ -262,21 +315,6 @@ fn body_error(error: erofs::Error) -> Error {
         erofs::Error::ShortBody { .. } => read(io::Error::other("it became shorter while it was read")),
         other => Error::Erofs(other),
     }
-}
-
-fn meta(stat: &FileStat, open: Option<BorrowedFd<'_>>) -> Result<Meta> {
-    let xattrs = open.map(host_xattr::read).transpose().map_err(read)?;
-    Ok(Meta {
-        // Twelve bits are left.
-        mode: (stat.st_mode & 0o7777) as u16,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mtime: Mtime {
-            seconds: stat.st_mtime,
-            nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or_default(),
-        },
-        xattrs: xattrs.unwrap_or_default(),
-    })
 }
 
 /// The parts of a file that are not holes.

@@ -14,11 +14,31 @@ use crate::erofs::{MAX_XATTR_BYTES, Xattrs};
 
 /// Says that a directory of an overlay hides the one below it.
 const OPAQUE: &CStr = c"trusted.overlay.opaque";
-/// Not copied: what overlays note about their layers, and labels of the host's own policy.
-const DROPPED: [&[u8]; 2] = [b"trusted.overlay.", b"security.selinux"];
+/// Says where in lower layers a directory that was renamed has its content.
+const REDIRECT: &CStr = c"trusted.overlay.redirect";
+/// Says that a file has its content in a lower layer.
+const METACOPY: &CStr = c"trusted.overlay.metacopy";
+/// What overlays note about their layers.
+const OVERLAY: &[u8] = b"trusted.overlay.";
+/// Of that, what another overlay of the same layers needs. The rest holds for the host's file system alone.
+const MEANT: [&[u8]; 4] = [
+    OPAQUE.to_bytes(),
+    REDIRECT.to_bytes(),
+    METACOPY.to_bytes(),
+    // A whiteout in a layer that lies on an overlay itself.
+    b"trusted.overlay.whiteout",
+];
+/// Labels of the host's own policy.
+const LABEL: &[u8] = b"security.selinux";
 
-/// All attributes worth keeping of an open file.
-pub(super) fn read(file: BorrowedFd<'_>) -> io::Result<Xattrs> {
+/// Whether an attribute is not copied.
+fn is_dropped(name: &[u8], for_overlay: bool) -> bool {
+    let note = name.starts_with(OVERLAY) && !(for_overlay && MEANT.contains(&name));
+    note || name.starts_with(LABEL)
+}
+
+/// All attributes worth keeping of an open file: with `for_overlay`, for another overlay to understand.
+pub(super) fn read(file: BorrowedFd<'_>, for_overlay: bool) -> io::Result<Xattrs> {
     let mut xattrs = Xattrs::default();
     let mut list = vec![0; MAX_XATTR_BYTES];
     let names = match list_into(file, &mut list) {
@@ -29,7 +49,7 @@ pub(super) fn read(file: BorrowedFd<'_>) -> io::Result<Xattrs> {
     for name in list[..names].split_inclusive(|byte| *byte == 0) {
         let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
         let bytes = name.to_bytes();
-        if DROPPED.iter().any(|dropped| bytes.starts_with(dropped)) {
+        if is_dropped(bytes, for_overlay) {
             continue;
         }
         let mut value = vec![0; MAX_XATTR_BYTES];
@@ -49,6 +69,14 @@ pub(super) fn read(file: BorrowedFd<'_>) -> io::Result<Xattrs> {
 pub(super) fn is_opaque(directory: BorrowedFd<'_>) -> bool {
     let mut value = [0; 2];
     value_into(directory, OPAQUE, &mut value).is_ok_and(|len| value[..len.min(2)] == *b"y")
+}
+
+/// Whether an open file or directory of an overlay has its content under another name of a lower layer.
+pub(super) fn is_elsewhere(file: BorrowedFd<'_>) -> bool {
+    // A value too long for the buffer is a value.
+    let there =
+        |name| !matches!(value_into(file, name, &mut [0; 1]), Err(Errno::ENODATA | Errno::EOPNOTSUPP));
+    there(REDIRECT) || there(METACOPY)
 }
 
 fn list_into(file: BorrowedFd<'_>, list: &mut [u8]) -> nix::Result<usize> {

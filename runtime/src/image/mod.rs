@@ -33,5 +33,5 @@ mod tarball;
 pub use config::ImageConfig;
 pub use error::{Error, Result};
 pub use progress::{Phase, Progress};
-pub use source::{Format, Key, Source};
-pub use store::{Cached, Image, Rootfs, Store};
+pub use source::{Format, Key, Source, Stability};
+pub use store::{Cached, Image, Keep, Pruned, Rootfs, Store};

@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use super::blobs::Blobs;
 use super::config::ImageConfig;
 use super::digest::hex;
-use super::directory;
+use super::directory::{self, Notes};
 use super::error::{Error, Result};
 use super::layer::Layer;
 use super::merge::Merger;
@@ -36,6 +36,17 @@ pub enum Format {
     Directory,
     /// Lower directories of an overlay mount.
     Overlay,
+    /// One directory of an overlay, to be a layer of another.
+    Layer,
+}
+
+/// Whether a directory still changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stability {
+    /// It may: everything in it is looked at to tell whether it did.
+    Changing,
+    /// It was committed by a snapshotter, and nothing is written to it any more: which directory it is tells all.
+    Committed,
 }
 
 /// An image or a root directory, found but not unpacked.
@@ -52,7 +63,7 @@ pub struct Source {
 enum Content {
     Layers(Vec<Layer>),
     /// Directories, the lowest first.
-    Directories(Vec<PathBuf>),
+    Directories(Vec<PathBuf>, Stability),
 }
 
 /// Identifies what an image unpacks to: equal keys, equal file systems.
@@ -108,16 +119,34 @@ impl Source {
 
     /// The lower directories of an overlay mount, as its `lowerdir` option lists them: topmost
     /// first. Whiteouts and opaque directories among them are honoured.
-    pub fn overlay(lower: Vec<PathBuf>) -> Result<Self> {
+    pub fn overlay(lower: Vec<PathBuf>, stability: Stability) -> Result<Self> {
         let path = lower.first().cloned().unwrap_or_default();
-        for directory in &lower {
-            refuse_host_root(directory)?;
-        }
         if lower.is_empty() {
             return Err(Error::EmptyRoot { path });
         }
-        let content = Content::Directories(lower.into_iter().rev().collect());
-        Ok(Self { path, name: None, format: Format::Overlay, config: ImageConfig::default(), content })
+        Self::of_directories(Format::Overlay, path, lower.into_iter().rev().collect(), stability)
+    }
+
+    /// One directory of an overlay. Whiteouts and opaque directories in it stay what they are, for
+    /// the overlay it becomes a layer of.
+    pub fn layer(directory: PathBuf, stability: Stability) -> Result<Self> {
+        Self::of_directories(Format::Layer, directory.clone(), vec![directory], stability)
+    }
+
+    /// A root directory, whatever its content looks like.
+    pub fn directory(directory: PathBuf) -> Result<Self> {
+        Self::of_directories(Format::Directory, directory.clone(), vec![directory], Stability::Changing)
+    }
+
+    fn of_directories(
+        format: Format,
+        path: PathBuf,
+        directories: Vec<PathBuf>,
+        stability: Stability,
+    ) -> Result<Self> {
+        directories.iter().try_for_each(|directory| refuse_host_root(directory))?;
+        let content = Content::Directories(directories, stability);
+        Ok(Self { path, name: None, format, config: ImageConfig::default(), content })
     }
 
     /// Where it was found.
@@ -135,6 +164,14 @@ impl Source {
         self.format
     }
 
+    /// Whether it still changes, if it is a directory.
+    pub fn stability(&self) -> Option<Stability> {
+        match self.content {
+            Content::Directories(_, stability) => Some(stability),
+            Content::Layers(_) => None,
+        }
+    }
+
     /// How to run it; empty for directories.
     pub fn config(&self) -> &ImageConfig {
         &self.config
@@ -150,11 +187,14 @@ impl Source {
                     hash.update(format!("{}\n", layer.diff_id));
                 }
             }
-            Content::Directories(directories) => {
+            Content::Directories(directories, stability) => {
                 // The same directory means something else in an overlay.
                 hash.update(format!("{:?}\n", self.format));
                 for path in directories {
-                    hash.update(directory::fingerprint(path)?);
+                    hash.update(match stability {
+                        Stability::Changing => directory::fingerprint(path)?,
+                        Stability::Committed => directory::identity(path)?,
+                    });
                 }
             }
         }
@@ -178,11 +218,15 @@ impl Source {
                     merger.next_layer();
                 }
             }
-            Content::Directories(directories) => {
+            Content::Directories(directories, _) => {
                 progress.begin(Phase::Files, None);
+                let notes = match self.format {
+                    Format::Overlay => Notes::Obeyed,
+                    Format::Layer => Notes::Kept,
+                    _ => Notes::Ignored,
+                };
                 for path in directories {
-                    let overlay = self.format == Format::Overlay;
-                    directory::take_in(path, overlay, &mut merger, writer, progress)?;
+                    directory::take_in(path, notes, &mut merger, writer, progress)?;
                     merger.next_layer();
                 }
             }
@@ -204,13 +248,11 @@ impl Source {
             let tried = "it is a runtime bundle; its root file system is in rootfs/".to_owned();
             return Err(Error::NotAnImage { path, tried });
         }
-        refuse_host_root(&path)?;
         let mut entries = path.read_dir().map_err(|source| Error::Open { path: path.clone(), source })?;
         if entries.next().is_none() {
             return Err(Error::EmptyRoot { path });
         }
-        let content = Content::Directories(vec![path.clone()]);
-        Ok(Self { path, name: None, format: Format::Directory, config: ImageConfig::default(), content })
+        Self::directory(path)
     }
 
     fn from_blobs(path: PathBuf, wanted: Option<Wanted>, format: Format, blobs: &Blobs) -> Result<Self> {

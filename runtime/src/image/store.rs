@@ -7,6 +7,12 @@
 //! <root>/<key>.tmp     being built; left over if the builder died, until the next or a sweep
 //! <root>/<key>.new     the same for the record
 //! ```
+//!
+//! Who uses a file system holds a shared lock on it, so that pruning leaves it.
+
+mod prune;
+
+pub use prune::{Keep, Pruned};
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _, Write as _};
@@ -33,8 +39,9 @@ pub struct Store {
 /// A root file system, ready to be a disk.
 #[derive(Debug)]
 pub struct Rootfs {
-    /// The image, open for reading. It stays usable when it is removed from the store.
-    pub file: File,
+    /// The image, open for reading. It stays usable when it is removed from the store, and is not
+    /// pruned as long as this is open.
+    pub file: Flock<File>,
     /// Where it is.
     pub path: PathBuf,
     /// What it was made from.
@@ -159,20 +166,15 @@ impl Store {
     pub fn remove(&self, wanted: &str) -> Result<Cached> {
         let found = self.one(wanted)?;
         let _lock = self.lock(&found.key, &mut ())?;
-        for extension in ["erofs", "json", "tmp", "new", "lock"] {
-            remove_if_there(&self.path(&found.key, extension))?;
-        }
+        remove_entry(self, &found.key)?;
         Ok(found)
     }
 
     /// Removes what builders that died have left. Those that live are not disturbed.
     pub fn sweep(&self) -> Result<()> {
         for key in self.keys("tmp")?.into_iter().chain(self.keys("new")?) {
-            let path = self.path(&key, "lock");
-            let fail = |source: io::Error| Error::Write { path: path.clone(), source };
-            let lock = File::options().create(true).append(true).mode(0o600).open(&path).map_err(fail)?;
             // Held by a builder: it is at work.
-            let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { continue };
+            let Some(_lock) = self.lock_now(&key)? else { continue };
             for extension in ["tmp", "new"] {
                 remove_if_there(&self.path(&key, extension))?;
             }
@@ -227,6 +229,12 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Open { path, source }),
         };
+        let file = Flock::lock(file, FlockArg::LockShared)
+            .map_err(|(_, errno)| Error::Open { path: path.clone(), source: errno.into() })?;
+        if !is_at(&file, &path) {
+            // Pruned while it was opened.
+            return Ok(None);
+        }
         let Some(bytes) = sound_length(&file) else {
             log::warn!("{} is damaged, and built anew", path.display());
             return Ok(None);
@@ -289,25 +297,51 @@ impl Store {
 
     /// Waits for the right to build or remove what belongs to a key.
     fn lock(&self, key: &str, progress: &mut dyn Progress) -> Result<Flock<File>> {
-        let path = self.path(key, "lock");
-        let fail = |source: io::Error| Error::Write { path: path.clone(), source };
         loop {
-            let file = File::options().create(true).append(true).mode(0o600).open(&path).map_err(fail)?;
-            let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => lock,
-                Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
-                    progress.begin(Phase::Waiting, None);
-                    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| fail(errno.into()))?
-                }
-                Err((_, errno)) => return Err(fail(errno.into())),
-            };
-            // Its last holder may have removed it: then it is a lock of nothing.
-            let held = lock.metadata().map_err(fail)?;
-            if path.metadata().is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino())) {
+            if let Some(lock) = self.lock_now(key)? {
                 return Ok(lock);
+            }
+            progress.begin(Phase::Waiting, None);
+            let (path, file) = self.lock_file(key)?;
+            Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, errno)| Error::Write { path, source: errno.into() })?;
+        }
+    }
+
+    /// The right to build or remove what belongs to a key, if nobody else has it.
+    fn lock_now(&self, key: &str) -> Result<Option<Flock<File>>> {
+        loop {
+            let (path, file) = self.lock_file(key)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // Its last holder may have removed it: then it is a lock of nothing.
+                Ok(lock) if is_at(&lock, &path) => return Ok(Some(lock)),
+                Ok(_) => {}
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Ok(None),
+                Err((_, errno)) => return Err(Error::Write { path, source: errno.into() }),
             }
         }
     }
+
+    fn lock_file(&self, key: &str) -> Result<(PathBuf, File)> {
+        let path = self.path(key, "lock");
+        match File::options().create(true).append(true).mode(0o600).open(&path) {
+            Ok(file) => Ok((path, file)),
+            Err(source) => Err(Error::Write { path, source }),
+        }
+    }
+}
+
+/// Whether an open file is the one at a path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let place = |metadata: io::Result<fs::Metadata>| metadata.ok().map(|it| (it.dev(), it.ino()));
+    place(path.metadata()).is_some_and(|there| place(file.metadata()) == Some(there))
+}
+
+/// Removes all files of a key, whose lock is held.
+fn remove_entry(store: &Store, key: &str) -> Result<()> {
+    ["erofs", "json", "tmp", "new", "lock"]
+        .iter()
+        .try_for_each(|extension| remove_if_there(&store.path(key, extension)))
 }
 
 /// The length of a file system that has a sound superblock and was not cut.

@@ -7,14 +7,24 @@
 //! Nothing is mounted on the host, and nothing of a snapshot is changed but for the disk of writes that is laid
 //! beside it, so that whoever removes the snapshot removes the writes too.
 
-use std::path::Path;
+mod layers;
+mod mounts;
+mod serial;
+mod template;
+mod upper;
+
+use std::path::{Path, PathBuf};
 
 use mvm_protocol::{Lower, Writable};
 
 use crate::failure::Failure;
-use crate::image::Progress;
+use crate::image::{Progress, Rootfs};
 use crate::machine::Disk;
 use crate::sandbox::RootfsMount;
+
+pub use layers::{CACHE_BYTES, cache};
+use mounts::{Layer, Parts, Writes};
+use serial::Serials;
 
 /// Most layers of a container that become a disk each, unless [`Request::layer_disks`] says otherwise; more are
 /// merged into one. A machine's bus has 32 places.
@@ -22,6 +32,9 @@ pub const LAYER_DISKS: usize = 8;
 
 /// Size of the disk that takes a container's writes, in bytes. It is sparse: it costs what is written.
 pub const UPPER_BYTES: u64 = 8 << 30;
+
+/// What a view's mount points may take, in bytes: they are made in memory.
+const VIEW_BYTES: u64 = 16 << 20;
 
 /// A container's root file system as its engine describes it.
 #[derive(Clone, Debug)]
@@ -77,6 +90,9 @@ pub struct Prepared {
     /// The snapshotter gave a view, or a mount that cannot be written: the container's root must be made read-only
     /// ([`mvm_protocol::Surroundings::read_only_root`]) even if its specification does not ask for it.
     pub read_only: bool,
+    /// Images from the cache.
+    #[expect(dead_code, reason = "held for their locks")]
+    held: Vec<Rootfs>,
 }
 
 /// Turns a container's root file system into disks; `state` is [`crate::container::state_dir`].
@@ -88,6 +104,59 @@ pub fn prepare(
     state: &Path,
     progress: &mut dyn Progress,
 ) -> Result<Prepared, Failure> {
-    let _ = (request, state, progress);
-    Err(Failure::new("cannot prepare a root file system: not built in"))
+    let Parts { mut layers, writes } = match (request.mounts, request.root) {
+        ([], Some(root)) => {
+            Parts { layers: vec![Layer::Root(root.to_owned())], writes: Writes::For(root.to_owned()) }
+        }
+        (mounts, _) => mounts::understand(mounts)?,
+    };
+    if layers.is_empty() && !matches!(writes, Writes::Whole(_)) {
+        layers.push(layers::empty(request.directory)?);
+    }
+    let mut serials = Serials::of(request.container);
+    let laid = layers::lay(layers, request, state, &mut serials, progress)?;
+    let read_only = writes == Writes::View;
+    let (disk, writable) = writing(writes, request.upper, state, &mut serials)?;
+    let mut disks = laid.disks;
+    disks.extend(disk);
+    Ok(Prepared { disks, lower: laid.lower, writable, read_only, held: laid.held })
+}
+
+/// Where the agent puts writes, and the disk for them if they go to one.
+fn writing(
+    writes: Writes,
+    upper: Upper,
+    state: &Path,
+    serials: &mut Serials,
+) -> Result<(Option<Disk>, Writable), Failure> {
+    let path = match (writes, upper) {
+        (Writes::Whole(path), _) => {
+            layers::check(&path)?;
+            let disk = writable_disk(path, serials);
+            let serial = disk.serial.clone();
+            return Ok((Some(disk), Writable::Whole { serial }));
+        }
+        (Writes::Disk(path, size), _) => {
+            if let Some(bytes) = size {
+                upper::disk(&path, bytes, state)?;
+            }
+            layers::check(&path)?;
+            path
+        }
+        (_, Upper::Nowhere) => return Ok((None, Writable::No)),
+        (_, Upper::Memory { bytes }) => return Ok((None, Writable::Tmpfs { size: bytes })),
+        (Writes::View, Upper::Disk { .. }) => return Ok((None, Writable::Tmpfs { size: VIEW_BYTES })),
+        (Writes::Beside(path), Upper::Disk { bytes }) => {
+            upper::disk(&path, bytes, state)?;
+            path
+        }
+        (Writes::For(directory), Upper::Disk { bytes }) => upper::disk_for(&directory, bytes, state)?,
+    };
+    let disk = writable_disk(path, serials);
+    let serial = disk.serial.clone();
+    Ok((Some(disk), Writable::Disk { serial }))
+}
+
+fn writable_disk(path: PathBuf, serials: &mut Serials) -> Disk {
+    Disk { path, read_only: false, serial: serials.next(), throwaway: false }
 }

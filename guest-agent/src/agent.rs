@@ -21,7 +21,9 @@ use crate::{
     control::{Control, Incoming, Lost},
     dial::Dialer,
     error::{Context, Result},
+    forward::{Connecting, FORWARDS},
     identity, kmsg,
+    pending::Pending,
     process::set_nonblocking,
     shutdown::Shutdown,
     streams::{Streams, slot_of},
@@ -31,8 +33,13 @@ use crate::{
 
 const SIGNALS: u64 = 1;
 const CONTROL: u64 = 2;
-/// Keys of the roots' memory events, by index.
-pub(crate) const ROOTS: u64 = 16;
+/// The first of the roots' keys, two for each slot.
+const ROOTS: u64 = 16;
+
+/// The epoll key of a root's memory events, or of the state of its processes.
+pub(crate) fn root_key(slot: usize, state: bool) -> u64 {
+    ROOTS.saturating_add((slot as u64).saturating_mul(2)).saturating_add(u64::from(state))
+}
 
 /// Longest pause between two attempts to reach a host that went away.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -48,6 +55,10 @@ pub(crate) struct Agent {
     /// Children that sync, with the request that waits for each.
     pub(crate) syncs: Vec<(Pid, u64)>,
     pub(crate) shutdown: Option<Shutdown>,
+    /// Requests that wait for a container's processes.
+    pub(crate) pending: Vec<Pending>,
+    /// Connections to the guest's ports under way, by slot.
+    pub(crate) forwards: Vec<Option<Connecting>>,
     signals: SignalFd,
     link: Link,
     connections: u32,
@@ -82,6 +93,8 @@ impl Agent {
             streams: Streams::new(),
             syncs: Vec::new(),
             shutdown: None,
+            pending: Vec::new(),
+            forwards: Vec::new(),
             signals,
             link: Link::Down { next: Instant::now(), pause: Duration::ZERO },
             connections: 0,
@@ -126,14 +139,22 @@ impl Agent {
                         self.emit(event);
                     }
                 }
-                None => self.serve_memory_event(key),
+                None if key >= FORWARDS => {
+                    self.serve_connection(
+                        usize::try_from(key.saturating_sub(FORWARDS)).unwrap_or(usize::MAX),
+                    );
+                }
+                None => self.serve_root(key.saturating_sub(ROOTS)),
             },
         }
     }
 
-    fn serve_memory_event(&mut self, key: u64) {
-        let index = usize::try_from(key.saturating_sub(ROOTS)).unwrap_or(usize::MAX);
-        let Some((id, cgroup)) = self.containers.cgroup(index) else {
+    fn serve_root(&mut self, key: u64) {
+        if key % 2 == 1 {
+            return self.settle();
+        }
+        let slot = usize::try_from(key / 2).unwrap_or(usize::MAX);
+        let Some((id, cgroup)) = self.containers.cgroup(slot) else {
             return;
         };
         let event = cgroup.new_kills().map(|kills| Event::OutOfMemory { root: id.to_owned(), kills });
@@ -166,6 +187,9 @@ impl Agent {
         }
         let event = self.table.report(process);
         self.emit(event);
+        if !self.pending.is_empty() {
+            self.settle();
+        }
     }
 
     fn serve_control(&mut self, events: EpollFlags) -> Result<(), Lost> {

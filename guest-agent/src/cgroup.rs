@@ -2,20 +2,27 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io::{self, Read, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
+use mvm_protocol::{
+    Limits, RootStats,
+    limits::{MAX_STAT_PIDS, MAX_STAT_TEXT},
+};
 use nix::{errno::Errno, unistd::Pid};
 
-use crate::sys;
+use crate::{
+    error::{Context, Error, Result},
+    sys,
+};
 
 /// Where a guest has cgroup v2.
 pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
-/// The controllers containers need.
-const CONTROLLERS: &str = "+memory +pids +cpu";
+/// The controllers containers have limits of, as far as the kernel has them.
+const CONTROLLERS: [&str; 6] = ["memory", "pids", "cpu", "io", "cpuset", "hugetlb"];
 
 /// One container's cgroup.
 pub(crate) struct Cgroup {
@@ -24,32 +31,98 @@ pub(crate) struct Cgroup {
     pub(crate) directory: File,
     /// `memory.events`, which says when it changes.
     pub(crate) events: Option<File>,
+    /// `cgroup.events`, which says when it is empty or frozen, and when that changes.
+    pub(crate) state: File,
     /// Kills that were already reported.
     kills: u64,
+    /// Its processes are to be stopped.
+    pub(crate) freezing: bool,
 }
 
 impl Cgroup {
     /// Makes a container's cgroup; `None` where there are no cgroups, which costs the features only.
     pub(crate) fn new(mount_point: &Path, id: &str) -> Option<Self> {
         let path = mount_point.join(format!("mvm-{id}"));
-        let _ = fs::write(mount_point.join("cgroup.subtree_control"), CONTROLLERS);
+        enable_controllers(mount_point);
         fs::create_dir(&path).ok()?;
         let directory = File::open(&path).ok()?;
         let events = File::open(path.join("memory.events")).ok();
-        Some(Self { path, directory, events, kills: 0 })
+        let state = File::open(path.join("cgroup.events")).ok()?;
+        Some(Self { path, directory, events, state, kills: 0, freezing: false })
+    }
+
+    /// Writes limits in order.
+    pub(crate) fn limit(&self, limits: &Limits) -> Result<()> {
+        for (name, text) in &limits.files {
+            // The cgroup's own files are the agent's to write.
+            if name.contains('/')
+                || !name.contains('.')
+                || name.starts_with('.')
+                || name.starts_with("cgroup.")
+            {
+                return Err(Error::Invalid(format!("{name:?} is no limit of a cgroup")));
+            }
+            self.write(name, text).context(|| format!("cannot set {name} to {text:?}"))?;
+        }
+        Ok(())
+    }
+
+    /// Stops its processes or lets them go on; [`Cgroup::frozen`] tells when that is done.
+    pub(crate) fn freeze(&mut self, frozen: bool) -> Result<()> {
+        let text = if frozen { "1" } else { "0" };
+        self.write("cgroup.freeze", text).context(|| "cannot freeze or thaw the cgroup".into())?;
+        self.freezing = frozen;
+        Ok(())
+    }
+
+    fn write(&self, name: &str, text: &str) -> io::Result<()> {
+        File::options().write(true).open(self.path.join(name))?.write_all(text.as_bytes())
+    }
+
+    /// Whether all its processes are stopped.
+    pub(crate) fn frozen(&self) -> bool {
+        self.state_is("frozen 1")
+    }
+
+    /// Whether there is no process in it.
+    pub(crate) fn empty(&self) -> bool {
+        self.state_is("populated 0")
+    }
+
+    fn state_is(&self, line: &str) -> bool {
+        let mut bytes = [0; 256];
+        let count = self.state.read_at(&mut bytes, 0).unwrap_or(0);
+        std::str::from_utf8(&bytes[..count]).is_ok_and(|text| text.lines().any(|it| it == line))
+    }
+
+    /// Its use of its resources, as far as the kernel tells.
+    pub(crate) fn stats(&self) -> RootStats {
+        let text = |name: &&str| {
+            let mut bytes = Vec::new();
+            let file = File::open(self.path.join(name)).ok()?;
+            file.take(MAX_STAT_TEXT as u64).read_to_end(&mut bytes).ok()?;
+            Some(((*name).to_owned(), String::from_utf8(bytes).ok()?))
+        };
+        let files = STATS.iter().filter_map(text).collect();
+        let pids = self.processes().map(|pids| pids.map(i32::unsigned_abs).take(MAX_STAT_PIDS).collect());
+        RootStats { files, pids: pids.unwrap_or_default() }
+    }
+
+    fn processes(&self) -> io::Result<impl Iterator<Item = i32>> {
+        let list = fs::read_to_string(self.path.join("cgroup.procs"))?;
+        let pids: Vec<i32> = list.lines().filter_map(|line| line.parse().ok()).collect();
+        Ok(pids.into_iter().filter(|pid| *pid > 0))
     }
 
     /// Sends a signal to every process in it.
     pub(crate) fn signal(&self, signal: i32) -> nix::Result<()> {
         if signal == libc::SIGKILL {
             // One write reaches even what forks at this moment.
-            let written = File::options().write(true).open(self.path.join("cgroup.kill"));
-            if written.and_then(|mut file| file.write_all(b"1")).is_ok() {
+            if self.write("cgroup.kill", "1").is_ok() {
                 return Ok(());
             }
         }
-        let list = fs::read_to_string(self.path.join("cgroup.procs")).map_err(|_| Errno::ESRCH)?;
-        for pid in list.lines().filter_map(|line| line.parse().ok()).filter(|pid: &i32| *pid > 0) {
+        for pid in self.processes().map_err(|_| Errno::ESRCH)? {
             match sys::kill(Pid::from_raw(pid), signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => return Err(errno),
@@ -67,6 +140,37 @@ impl Cgroup {
         self.kills = kills;
         grown.then_some(kills)
     }
+}
+
+/// What a container's statistics are made of.
+const STATS: [&str; 18] = [
+    "memory.current",
+    "memory.peak",
+    "memory.max",
+    "memory.high",
+    "memory.low",
+    "memory.stat",
+    "memory.events",
+    "memory.swap.current",
+    "memory.swap.max",
+    "memory.pressure",
+    "cpu.stat",
+    "cpu.max",
+    "cpu.weight",
+    "cpu.pressure",
+    "pids.current",
+    "pids.max",
+    "io.stat",
+    "io.pressure",
+];
+
+/// Enables what there is, in one write.
+fn enable_controllers(mount_point: &Path) {
+    let there = fs::read_to_string(mount_point.join("cgroup.controllers")).unwrap_or_default();
+    let there: Vec<&str> = there.split_whitespace().collect();
+    let wanted: Vec<String> =
+        CONTROLLERS.iter().filter(|it| there.contains(it)).map(|it| format!("+{it}")).collect();
+    let _ = fs::write(mount_point.join("cgroup.subtree_control"), wanted.join(" "));
 }
 
 fn oom_kills(events: &[u8]) -> Option<u64> {
@@ -101,7 +205,9 @@ mod tests {
             path: dir.path().join("none"),
             directory: File::open(&events).unwrap(),
             events: Some(File::open(&events).unwrap()),
+            state: File::open(&events).unwrap(),
             kills: 0,
+            freezing: false,
         };
         assert_eq!(cgroup.new_kills(), Some(1));
         assert_eq!(cgroup.new_kills(), None);

@@ -1,25 +1,38 @@
 //! The containers of this guest: their roots and the texts every root gets.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
 
-use mvm_protocol::{Configure, SetupRoot, limits::MAX_ROOTS};
+use mvm_protocol::{
+    Configure, ContainerSource, DiskFilesystem, Namespace, SetupRoot, Surroundings, limits::MAX_ROOTS,
+};
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    mount::MsFlags,
+    sys::stat::{SFlag, fstat},
+};
 
 use crate::{
     boot::Role,
     cgroup::{self, Cgroup},
-    error::{Error, Result},
+    device_rules,
+    error::{Context, Error, Result},
     kmsg,
-    root::{Root, check_id},
+    root::{Root, Spaces, check_id},
     step::Linux,
     storage::Storage,
+    surroundings::{self, Source},
+    sys::{bpf, trees},
 };
 
 /// All roots, and what is mounted for them.
 pub(crate) struct Containers {
     pub(crate) storage: Storage,
     cgroups: Option<&'static Path>,
-    /// In the order they were made; an index stays what it is.
-    roots: Vec<(String, Root)>,
+    /// By slot; one that is empty is used again.
+    roots: Vec<Option<(String, Root)>>,
     /// Path below the root and text, of files the host decides.
     texts: Vec<(&'static str, String)>,
 }
@@ -27,27 +40,95 @@ pub(crate) struct Containers {
 impl Containers {
     /// None yet.
     pub(crate) fn new(role: Role) -> Self {
-        let storage = Storage::new(role.directory(), PathBuf::from("/sys/block"));
+        let rescan = (role == Role::Init).then(|| PathBuf::from("/sys/bus/pci/rescan"));
+        let storage = Storage::new(role.directory(), PathBuf::from("/sys/block"), rescan);
         let cgroups = (role == Role::Init).then_some(Path::new(cgroup::MOUNT_POINT));
         Self { storage, cgroups, roots: Vec::new(), texts: Vec::new() }
     }
 
-    /// Makes a container's root; its index.
+    /// Makes a container's root; its slot.
     pub(crate) fn set_up(&mut self, request: &SetupRoot) -> Result<usize> {
         check_id(&request.id)?;
-        if self.roots.iter().any(|(id, _)| *id == request.id) {
+        surroundings::check(&request.surroundings)?;
+        if self.slot(&request.id).is_some() {
             return Err(Error::Exists(format!("root {} exists", request.id)));
         }
-        if self.roots.len() >= MAX_ROOTS {
+        let slot = self.roots.iter().position(Option::is_none).unwrap_or(self.roots.len());
+        if slot >= MAX_ROOTS {
             return Err(Error::Busy("the guest has as many roots as it may"));
         }
-        let mark = self.storage.mark();
-        let path = self.storage.mount_root(&mut Linux, &request.id, &request.lower, &request.writable)?;
-        let cgroup = self.cgroups.and_then(|at| Cgroup::new(at, &request.id));
-        let root = Root::enter(&path, cgroup).inspect_err(|_| self.storage.unmount_down_to(mark))?;
+        let root = self.make(request).inspect_err(|_| self.storage.release(&request.id))?;
         write_texts(&root, &self.texts);
-        self.roots.push((request.id.clone(), root));
-        Ok(self.roots.len() - 1)
+        if slot == self.roots.len() {
+            self.roots.push(None);
+        }
+        if let Some(free) = self.roots.get_mut(slot) {
+            *free = Some((request.id.clone(), root));
+        }
+        Ok(slot)
+    }
+
+    fn make(&mut self, request: &SetupRoot) -> Result<Root> {
+        let SetupRoot { id, lower, writable, surroundings } = request;
+        let joined = self.joined(surroundings)?;
+        let path = self.storage.mount_root(&mut Linux, id, lower, writable)?;
+        let sources = self.sources(id, surroundings)?;
+        let cgroup = self.cgroups.and_then(|at| Cgroup::new(at, id));
+        let root = Root::make(&path, surroundings, joined, &sources, cgroup)?;
+        // Last, so that the set-up itself is not held back by them.
+        let confined = !surroundings.limits.files.is_empty() || !surroundings.device_rules.is_empty();
+        match &root.cgroup {
+            Some(cgroup) => {
+                cgroup.limit(&surroundings.limits)?;
+                guard_devices(cgroup, surroundings)?;
+            }
+            None if confined => return Err(Error::NotFound("the guest has no cgroups".into())),
+            None => {}
+        }
+        Ok(root)
+    }
+
+    /// The name spaces that a root shares with others.
+    fn joined(&self, surroundings: &Surroundings) -> Result<Spaces> {
+        let of = |namespace: &Namespace, which: fn(&Spaces) -> &Option<OwnedFd>| match namespace {
+            Namespace::Guest | Namespace::Own => Ok(None),
+            Namespace::Of(id) => {
+                let space = which(&self.root(id)?.spaces).as_ref();
+                space
+                    .map(OwnedFd::try_clone)
+                    .transpose()
+                    .context(|| format!("cannot join a name space of {id}"))
+            }
+        };
+        let namespaces = &surroundings.namespaces;
+        Ok(Spaces {
+            ipc: of(&namespaces.ipc, |it| &it.ipc)?,
+            uts: of(&namespaces.uts, |it| &it.uts)?,
+            cgroup: of(&namespaces.cgroup, |it| &it.cgroup)?,
+            mount: None,
+        })
+    }
+
+    /// What a container's mounts show that is not of itself.
+    fn sources(&mut self, id: &str, surroundings: &Surroundings) -> Result<Vec<Option<Source>>> {
+        let mut sources = Vec::new();
+        for mount in &surroundings.mounts {
+            let flags = MsFlags::from_bits_retain(mount.flags);
+            sources.push(match &mount.source {
+                ContainerSource::Filesystem(_) | ContainerSource::Inside(_) => None,
+                ContainerSource::Shared(path) => {
+                    let path = self.storage.shared(path)?;
+                    Some(open_source(&path, flags.contains(MsFlags::MS_REC))?)
+                }
+                ContainerSource::Disk { serial, filesystem } => {
+                    let read_only = *filesystem == DiskFilesystem::Erofs;
+                    let flags = if read_only { flags | MsFlags::MS_RDONLY } else { flags };
+                    let path = self.storage.disk(&mut Linux, id, (serial, *filesystem), flags)?;
+                    Some(open_source(Path::new(&path), false)?)
+                }
+            });
+        }
+        Ok(sources)
     }
 
     /// Keeps the texts of a configuration for later roots and puts them into those that are there.
@@ -62,26 +143,56 @@ impl Containers {
             self.texts.retain(|(it, _)| *it != path);
             self.texts.push((path, text));
         }
-        self.roots.iter().for_each(|(_, root)| write_texts(root, &self.texts));
+        self.roots.iter().flatten().for_each(|(_, root)| write_texts(root, &self.texts));
+    }
+
+    /// The slot of the root of this id.
+    pub(crate) fn slot(&self, id: &str) -> Option<usize> {
+        self.roots.iter().position(|root| root.as_ref().is_some_and(|(it, _)| it == id))
+    }
+
+    /// How many slots there are, empty ones too.
+    pub(crate) fn slots(&self) -> usize {
+        self.roots.len()
     }
 
     /// The root of this id.
     pub(crate) fn root(&self, id: &str) -> Result<&Root> {
-        let found = self.roots.iter().find(|(it, _)| it == id);
+        let found = self.roots.iter().flatten().find(|(it, _)| it == id);
+        found.map(|(_, root)| root).ok_or_else(|| Error::NotFound(format!("no root {id}")))
+    }
+
+    /// The root of this id.
+    pub(crate) fn root_mut(&mut self, id: &str) -> Result<&mut Root> {
+        let found = self.roots.iter_mut().flatten().find(|(it, _)| it == id);
         found.map(|(_, root)| root).ok_or_else(|| Error::NotFound(format!("no root {id}")))
     }
 
     /// A process has mounted /proc in this root.
     pub(crate) fn note_proc(&mut self, id: &str) {
-        if let Some((_, root)) = self.roots.iter_mut().find(|(it, _)| it == id) {
+        if let Ok(root) = self.root_mut(id) {
             root.has_proc = true;
         }
     }
 
-    /// The cgroup of the root at this index, and its id.
-    pub(crate) fn cgroup(&mut self, index: usize) -> Option<(&str, &mut Cgroup)> {
-        let (id, root) = self.roots.get_mut(index)?;
+    /// The cgroup of the root of this id.
+    pub(crate) fn cgroup_of(&self, id: &str) -> Result<&Cgroup> {
+        let cgroup = self.root(id)?.cgroup.as_ref();
+        cgroup.ok_or_else(|| Error::NotFound(format!("root {id} has no cgroup")))
+    }
+
+    /// The cgroup of the root in this slot, and its id.
+    pub(crate) fn cgroup(&mut self, slot: usize) -> Option<(&str, &mut Cgroup)> {
+        let (id, root) = self.roots.get_mut(slot)?.as_mut()?;
         Some((id, root.cgroup.as_mut()?))
+    }
+
+    /// Gives up a root that has no process left, and what was mounted for it alone.
+    pub(crate) fn remove(&mut self, id: &str) {
+        if let Some(slot) = self.slot(id).and_then(|slot| self.roots.get_mut(slot)) {
+            *slot = None;
+            self.storage.release(id);
+        }
     }
 
     /// Gives up all roots and unmounts everything.
@@ -98,4 +209,25 @@ fn write_texts(root: &Root, texts: &[(&'static str, String)]) {
             kmsg::say(&error.to_string());
         }
     }
+}
+
+/// Without rules a container may use what is there.
+fn guard_devices(cgroup: &Cgroup, surroundings: &Surroundings) -> Result<()> {
+    if surroundings.device_rules.is_empty() {
+        return Ok(());
+    }
+    let program = device_rules::program(&surroundings.device_rules)?;
+    bpf::guard_devices(cgroup.directory.as_fd(), &program)
+        .context(|| "cannot install the device rules".into())
+}
+
+/// Copies the mount at a path of the agent's that leads through no link.
+fn open_source(path: &Path, recursive: bool) -> Result<Source> {
+    let failed = || format!("cannot open {}", path.display());
+    let how =
+        OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let found = openat2(nix::fcntl::AT_FDCWD, path, how).context(failed)?;
+    let is_directory = fstat(&found).context(failed)?.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
+    let tree = trees::copy_from(found.as_fd(), recursive).context(failed)?;
+    Ok(Source { tree, is_directory })
 }

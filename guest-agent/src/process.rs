@@ -5,18 +5,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use mvm_protocol::{PidNamespace, Start, Stdio, WindowSize};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl, open},
-    mount::MsFlags,
-    sched::CloneFlags,
     sys::stat::Mode,
     unistd::pipe2,
 };
 
 use crate::{
+    confinement,
     error::{Context, Error, Result},
-    root::Root,
+    root::Spaces,
     spawn::c_string,
-    step::{MountCall, Step},
+    step::Step,
     streams::Kind,
+    surroundings::Proc,
     sys,
     user::{self, Account},
 };
@@ -106,12 +106,9 @@ pub(crate) fn steps<'a>(
     let oom_score_adj = start.oom_score_adj.to_string().into_bytes();
     let oom_step = Step::WriteFile { path: c"/proc/self/oom_score_adj".into(), bytes: oom_score_adj };
     let mut steps = vec![Step::Try(Box::new(oom_step))];
-    if let Some(root) = surroundings.root {
-        let namespace = root.mount_namespace.as_fd();
-        steps.push(Step::EnterNamespace { namespace, kind: CloneFlags::CLONE_NEWNS });
-    }
-    if surroundings.mount_proc {
-        steps.extend(mount_proc());
+    steps.extend(surroundings.spaces.iter().flat_map(|spaces| spaces.enter()));
+    if let Some(Proc { call, above }) = surroundings.proc.cloned() {
+        steps.push(Step::Replace { call, above });
     }
     steps.push(Step::NewSession);
     steps.extend(stdio.inner.iter().zip(0..).map(|(file, to)| Step::Stdio { from: file.as_fd(), to }));
@@ -120,27 +117,21 @@ pub(crate) fn steps<'a>(
     }
     steps.push(Step::Try(Box::new(Step::OwnStdio { uid: account.uid.as_raw() })));
     steps.push(Step::CloseOthers { keep: report });
-    steps.push(Step::Umask(0o022));
+    steps.push(Step::Umask(start.confinement.umask.unwrap_or(0o022)));
     steps.push(working_directory(&start.cwd)?);
     let groups = account.groups.clone();
-    steps.push(Step::Credentials { uid: account.uid, gid: account.gid, groups });
-    steps.push(Step::ResetSignals);
+    let credentials = Step::Credentials { uid: account.uid, gid: account.gid, groups };
+    steps.extend(confinement::steps(&start.confinement, credentials)?);
     Ok(steps)
 }
 
 /// Where a process finds itself.
+#[derive(Default)]
 pub(crate) struct Surroundings<'a> {
-    /// The container root it enters.
-    pub(crate) root: Option<&'a Root>,
-    /// It is the first of its PID name space, whose /proc only it can mount.
-    pub(crate) mount_proc: bool,
-}
-
-/// A /proc of the process's own PID name space, in place of one that may be there.
-fn mount_proc<'a>() -> [Step<'a>; 2] {
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let mount = MountCall::of(c"proc", c"/proc".into(), flags, c"");
-    [Step::Try(Box::new(Step::Detach(c"/proc".into()))), Step::Mount(mount)]
+    /// The name spaces it enters.
+    pub(crate) spaces: Option<&'a Spaces>,
+    /// The mount of /proc it makes anew: it is the first of its PID name space, which only it can show.
+    pub(crate) proc: Option<&'a Proc>,
 }
 
 fn working_directory<'a>(cwd: &str) -> Result<Step<'a>> {
@@ -174,7 +165,7 @@ mod tests {
     use mvm_protocol::{Token, User};
 
     use super::*;
-    use crate::spawn::Report;
+    use crate::{spawn::Report, surroundings};
 
     fn start(cwd: &str) -> Start {
         Start {
@@ -197,13 +188,12 @@ mod tests {
         steps.iter().map(first_word).collect()
     }
 
-    fn plan(start: &Start, mount_proc: bool) -> Vec<String> {
+    fn plan(start: &Start, surroundings: &Surroundings<'_>) -> Vec<String> {
         let root = File::open("/").unwrap();
         let account = user::resolve(&start.user, root.as_fd()).unwrap();
         let stdio = StdioFiles::new(&start.stdio, root.as_fd()).unwrap();
         let report = Report::new().unwrap();
-        let surroundings = Surroundings { root: None, mount_proc };
-        names(&steps(start, &account, &surroundings, &stdio, report.writer()).unwrap())
+        names(&steps(start, &account, surroundings, &stdio, report.writer()).unwrap())
     }
 
     #[test]
@@ -221,12 +211,19 @@ mod tests {
             "Credentials",
             "ResetSignals",
         ];
-        assert_eq!(plan(&start("/"), false), expected);
+        assert_eq!(plan(&start("/"), &Surroundings::default()), expected);
     }
 
     #[test]
-    fn the_first_process_of_a_pid_name_space_mounts_its_own_proc_before_anything_else_of_the_root() {
-        assert_eq!(plan(&start("/"), true)[..4], ["Try", "Try", "Mount", "NewSession"]);
+    fn the_first_process_enters_every_name_space_and_mounts_its_proc_before_anything_else() {
+        let space = || Some(File::open("/proc/self/ns/uts").unwrap().into());
+        let spaces = Spaces { ipc: space(), uts: space(), cgroup: space(), mount: space() };
+        let proc = surroundings::proc(&mvm_protocol::Surroundings::default()).unwrap();
+        let plan = plan(&start("/"), &Surroundings { spaces: Some(&spaces), proc: proc.as_ref() });
+        let enter = "EnterNamespace";
+        assert_eq!(plan[..7], ["Try", enter, enter, enter, enter, "Replace", "NewSession"]);
+        let Some(Step::EnterNamespace { kind, .. }) = spaces.enter().pop() else { panic!() };
+        assert_eq!(kind, nix::sched::CloneFlags::CLONE_NEWNS, "the others' files are the agent's");
     }
 
     #[test]

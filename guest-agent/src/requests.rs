@@ -13,11 +13,12 @@ use nix::{
 };
 
 use crate::{
-    agent::{Agent, ROOTS},
+    agent::{Agent, root_key},
     dial::Dialer,
     error::{Context, Error, Result},
-    kmsg, network,
+    files, kmsg, network,
     process::{self, StdioFiles, Surroundings, environment, set_nonblocking},
+    root::Root,
     shutdown::Shutdown,
     spawn::{PidSpace, Place, Program, Report, await_exec, launch},
     stats,
@@ -30,6 +31,7 @@ impl Agent {
     /// Serves a request; `None` when the answer comes later.
     pub(crate) fn handle(&mut self, id: u64, request: Request) -> Option<Result<Reply>> {
         let done = |result: Result<()>| result.map(|()| Reply::Done);
+        let later = |result: Result<()>| result.err().map(Err);
         Some(match request {
             Request::Ping => Ok(Reply::Done),
             Request::Mount(mounts) => done(self.containers.storage.mount_all(&mut Linux, &mounts)),
@@ -45,33 +47,34 @@ impl Agent {
             Request::Forget { process } => done(self.table.forget(process)),
             Request::List => Ok(Reply::Processes(self.table.entries())),
             Request::Stats => Ok(Reply::Stats(stats::read(self.table.all_running().count()))),
-            Request::Sync => match self.sync(id) {
-                Ok(()) => return None,
-                Err(error) => Err(error),
-            },
+            Request::Sync => return later(self.sync(id)),
             Request::Shutdown { mode, grace_ms } => {
                 self.shutdown = Some(Shutdown::begin(mode, grace_ms));
                 self.signal_all(libc::SIGTERM);
                 Ok(Reply::Done)
             }
-            Request::Update { .. }
-            | Request::Freeze { .. }
-            | Request::RootStats { .. }
-            | Request::RemoveRoot { .. }
-            | Request::Put(_)
-            | Request::Get(_)
-            | Request::Forward { .. }
-            | Request::Rescan
-            | Request::Eject { .. } => Err(Error::Unsupported),
+            Request::Update { root, limits } => {
+                done(self.containers.cgroup_of(&root).and_then(|cgroup| cgroup.limit(&limits)))
+            }
+            Request::Freeze { root, frozen } => return later(self.freeze(id, &root, frozen)),
+            Request::RootStats { root } => {
+                self.containers.cgroup_of(&root).map(|cgroup| Reply::RootStats(cgroup.stats()))
+            }
+            Request::RemoveRoot { root } => return later(self.remove_root(id, &root)),
+            Request::Put(put) => done(files::put(&self.containers, &put)),
+            Request::Get(get) => files::get(&self.containers, &get).map(Reply::Got),
+            Request::Forward { port, stream } => return self.forward(id, port, stream),
+            Request::Rescan => done(self.containers.storage.rescan()),
+            Request::Eject { serial } => done(self.containers.storage.eject(&serial)),
         })
     }
 
     fn set_up_root(&mut self, request: &mvm_protocol::SetupRoot) -> Result<()> {
-        let index = self.containers.set_up(request)?;
-        if let Some((_, cgroup)) = self.containers.cgroup(index)
+        let slot = self.containers.set_up(request)?;
+        if let Some((_, cgroup)) = self.containers.cgroup(slot)
             && let Some(events) = &cgroup.events
         {
-            let event = EpollEvent::new(EpollFlags::EPOLLPRI, ROOTS.saturating_add(index as u64));
+            let event = EpollEvent::new(EpollFlags::EPOLLPRI, root_key(slot, false));
             if let Err(errno) = self.epoll.add(events, event) {
                 kmsg::say(&format!("cannot watch memory events: {errno}"));
             }
@@ -95,6 +98,9 @@ impl Agent {
         process::check(start)?;
         self.table.check_free(start.process)?;
         let root = start.root.as_deref().map(|id| self.containers.root(id)).transpose()?;
+        if let Some(root) = root {
+            check_open(root)?;
+        }
         let directory = match root {
             Some(root) => root.directory.try_clone(),
             None => File::open("/").map(OwnedFd::from),
@@ -112,9 +118,10 @@ impl Agent {
         let ends = std::mem::take(&mut stdio.outer);
         let streams = connect(&*self.dialer, start.process, ends)?;
 
+        let anew = |root: &&Root| !root.has_proc || matches!(pids, PidSpace::New);
         let surroundings = Surroundings {
-            root,
-            mount_proc: root.is_some_and(|root| !root.has_proc || matches!(pids, PidSpace::New)),
+            spaces: root.map(|root| &root.spaces),
+            proc: root.filter(anew).and_then(|root| root.proc.as_ref()),
         };
         let cgroup = root.and_then(|root| root.cgroup.as_ref()).map(|cgroup| cgroup.directory.as_fd());
         let place = Place { pids, cgroup };
@@ -168,16 +175,32 @@ impl Agent {
     }
 }
 
+/// Whether a process can begin in a root: in a frozen cgroup it could not, and the agent would wait for it.
+fn check_open(root: &Root) -> Result<()> {
+    if root.leaving {
+        return Err(Error::Busy("the container is being removed"));
+    }
+    match &root.cgroup {
+        Some(cgroup) if cgroup.freezing => Err(Error::Busy("the container is frozen")),
+        _ => Ok(()),
+    }
+}
+
 /// Opens each stream's connection to the host.
 fn connect(dialer: &dyn Dialer, process: u64, ends: Vec<(Kind, u64, OwnedFd)>) -> Result<Vec<Stream>> {
-    ends.into_iter()
-        .map(|(kind, token, end)| {
-            let socket = dialer.dial(STREAM_PORT).context(|| "cannot dial the stream port".into())?;
-            let mut file = File::from(socket);
-            file.write_all(&StreamHeader { token: Token(token) }.encode())
-                .context(|| "cannot open a stream to the host".into())?;
-            set_nonblocking(file.as_fd())?;
-            Ok(Stream { process, kind, socket: file.into(), end })
-        })
-        .collect()
+    ends.into_iter().map(|end| open_stream(dialer, Some(process), end)).collect()
+}
+
+/// Opens a stream's connection to the host.
+pub(crate) fn open_stream(
+    dialer: &dyn Dialer,
+    process: Option<u64>,
+    (kind, token, end): (Kind, u64, OwnedFd),
+) -> Result<Stream> {
+    let socket = dialer.dial(STREAM_PORT).context(|| "cannot dial the stream port".into())?;
+    let mut file = File::from(socket);
+    file.write_all(&StreamHeader { token: Token(token) }.encode())
+        .context(|| "cannot open a stream to the host".into())?;
+    set_nonblocking(file.as_fd())?;
+    Ok(Stream { process, kind, socket: file.into(), end })
 }

@@ -4,17 +4,15 @@
 //! can lead a mount out of it. The agent keeps the name space by a descriptor.
 
 use std::{
-    ffi::CString,
     fs::File,
     io::{Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use mvm_protocol::limits::MAX_ID;
+use mvm_protocol::{Namespace, Surroundings, limits::MAX_ID};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
-    mount::MsFlags,
     sched::CloneFlags,
     sys::{stat::Mode, wait::waitpid},
     unistd::{Pid, pipe2},
@@ -23,8 +21,9 @@ use nix::{
 use crate::{
     cgroup::Cgroup,
     error::{Context, Error, Result},
-    spawn::c_string,
-    step::{Linux, MountCall, Step, perform_all},
+    spawn::{PidSpace, Place, fork_at},
+    step::{Linux, Step, perform_all},
+    surroundings::{self, Proc, Source},
     sys,
     user::open_in_root,
 };
@@ -32,37 +31,89 @@ use crate::{
 /// A container's root.
 pub(crate) struct Root {
     /// What its processes enter.
-    pub(crate) mount_namespace: OwnedFd,
+    pub(crate) spaces: Spaces,
     /// Its root directory as seen from inside.
     pub(crate) directory: OwnedFd,
+    /// The same file system without what is mounted in it, and writable where the root was made read-only.
+    bare: OwnedFd,
     /// Its processes' cgroup, where the kernel has cgroups.
     pub(crate) cgroup: Option<Cgroup>,
+    /// How its /proc is mounted for a PID name space.
+    pub(crate) proc: Option<Proc>,
     /// A process has mounted /proc.
     pub(crate) has_proc: bool,
+    /// It is being removed.
+    pub(crate) leaving: bool,
+}
+
+/// The name spaces of a container, or those it shares; without one it is in the guest's.
+#[derive(Default)]
+pub(crate) struct Spaces {
+    pub(crate) ipc: Option<OwnedFd>,
+    pub(crate) uts: Option<OwnedFd>,
+    pub(crate) cgroup: Option<OwnedFd>,
+    pub(crate) mount: Option<OwnedFd>,
+}
+
+impl Spaces {
+    /// The steps of a process that enters them.
+    pub(crate) fn enter(&self) -> Vec<Step<'_>> {
+        let all = [
+            (&self.ipc, CloneFlags::CLONE_NEWIPC),
+            (&self.uts, CloneFlags::CLONE_NEWUTS),
+            (&self.cgroup, CloneFlags::CLONE_NEWCGROUP),
+            (&self.mount, CloneFlags::CLONE_NEWNS),
+        ];
+        all.into_iter()
+            .filter_map(|(space, kind)| {
+                Some(Step::EnterNamespace { namespace: space.as_ref()?.as_fd(), kind })
+            })
+            .collect()
+    }
 }
 
 impl Root {
-    /// Makes the mount name space of the root file system mounted at `path`.
-    pub(crate) fn enter(path: &str, cgroup: Option<Cgroup>) -> Result<Self> {
-        let steps = steps(c_string(path)?);
+    /// Makes the surroundings of the root file system mounted at `path`. The name spaces of other containers
+    /// that it shares are in `joined`, what its mounts show in `sources`.
+    pub(crate) fn make(
+        path: &str,
+        surroundings: &Surroundings,
+        joined: Spaces,
+        sources: &[Option<Source>],
+        cgroup: Option<Cgroup>,
+    ) -> Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let bare = open(path, flags, Mode::empty()).context(|| format!("cannot open {path}"))?;
+        let proc = surroundings::proc(surroundings)?;
+        let steps = surroundings::steps(path, surroundings, &joined, sources)?;
         let (ready, report) = pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe".into())?;
         let (wait, go) = pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe".into())?;
-        let Some(pid) = sys::fork().context(|| "cannot fork".into())? else {
+        // A /proc that is mounted here must not show the agent, whose root is another.
+        let pids = if surroundings::mounts_proc(surroundings) { PidSpace::New } else { PidSpace::Agent };
+        let own_cgroup = (surroundings.namespaces.cgroup == Namespace::Own).then_some(cgroup.as_ref());
+        let place = Place { pids, cgroup: own_cgroup.flatten().map(|cgroup| cgroup.directory.as_fd()) };
+        let Some(pid) = fork_at(&place)? else {
             drop((ready, go));
             build(&steps, report, wait);
         };
         drop((report, wait));
-        let opened = receive(ready, &steps).and_then(|()| open_namespace(pid));
+        let opened = receive(ready, &steps).and_then(|()| open_spaces(pid, surroundings));
         drop(go);
         let _ = waitpid(pid, None);
-        let (mount_namespace, directory) = opened?;
-        Ok(Self { mount_namespace, directory, cgroup, has_proc: false })
+        drop(steps);
+        let (own, directory) = opened?;
+        let spaces = Spaces {
+            ipc: own.ipc.or(joined.ipc),
+            uts: own.uts.or(joined.uts),
+            cgroup: own.cgroup.or(joined.cgroup),
+            mount: own.mount,
+        };
+        Ok(Self { spaces, directory, bare, cgroup, proc, has_proc: false, leaving: false })
     }
 
-    /// Writes a small file, replacing what is there, as a process in the root would.
+    /// Writes a small file of the root file system, replacing what is there.
     pub(crate) fn write_file(&self, path: &str, text: &str) -> Result<()> {
-        write_in_root(self.directory.as_fd(), path, text)
-            .context(|| format!("cannot write /{path} in the root"))
+        write_in_root(self.bare.as_fd(), path, text).context(|| format!("cannot write /{path} in the root"))
     }
 }
 
@@ -102,12 +153,21 @@ fn receive(ready: OwnedFd, steps: &[Step<'_>]) -> Result<()> {
     Err(Error::System { what, errno: Errno::from_raw(errno) })
 }
 
-fn open_namespace(pid: Pid) -> Result<(OwnedFd, OwnedFd)> {
+/// What the child has made, before it goes.
+fn open_spaces(pid: Pid, surroundings: &Surroundings) -> Result<(Spaces, OwnedFd)> {
     let open_proc = |name: &str, flags| {
         open(format!("/proc/{pid}/{name}").as_str(), flags | OFlag::O_CLOEXEC, Mode::empty())
             .context(|| format!("cannot open {name} of the container's root"))
     };
-    Ok((open_proc("ns/mnt", OFlag::O_RDONLY)?, open_proc("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?))
+    let space = |name: &str, wanted: bool| wanted.then(|| open_proc(name, OFlag::O_RDONLY)).transpose();
+    let own = |namespace: &Namespace| *namespace == Namespace::Own;
+    let spaces = Spaces {
+        ipc: space("ns/ipc", own(&surroundings.namespaces.ipc))?,
+        uts: space("ns/uts", own(&surroundings.namespaces.uts))?,
+        cgroup: space("ns/cgroup", own(&surroundings.namespaces.cgroup))?,
+        mount: space("ns/mnt", true)?,
+    };
+    Ok((spaces, open_proc("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?))
 }
 
 fn write_in_root(root: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()> {
@@ -123,78 +183,11 @@ fn write_in_root(root: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()
     File::from(file).write_all(text.as_bytes()).map_err(|_| Errno::last())
 }
 
-/// What the child does: a name space of its own, then inside it what every container expects.
-fn steps<'a>(path: CString) -> Vec<Step<'a>> {
-    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    let mount = |kind, target: &str, flags, data| {
-        Step::Mount(MountCall::of(kind, CString::new(target).unwrap_or_default(), flags, data))
-    };
-    let private = MountCall {
-        source: c"none".into(),
-        target: c"/".into(),
-        kind: c"none".into(),
-        flags: MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        data: c"".into(),
-    };
-    let mut steps = vec![
-        Step::Unshare(CloneFlags::CLONE_NEWNS),
-        Step::Mount(private),
-        Step::EnterRoot(path),
-        Step::Umask(0),
-    ];
-    steps.extend([c"/proc", c"/sys", c"/dev"].map(|path| Step::Try(Box::new(directory(path.into())))));
-    let read_only = plain | MsFlags::MS_NODEV | MsFlags::MS_RDONLY;
-    steps.push(Step::Try(Box::new(mount(c"sysfs", "/sys", read_only, c""))));
-    steps.push(mount(c"tmpfs", "/dev", plain, c"mode=0755,size=64k"));
-    steps.extend([c"/dev/pts", c"/dev/shm", c"/dev/mqueue"].map(|path| directory(path.into())));
-    steps.push(mount(c"devpts", "/dev/pts", plain, c"newinstance,ptmxmode=0666,mode=0620,gid=5"));
-    steps.push(mount(c"tmpfs", "/dev/shm", plain | MsFlags::MS_NODEV, c"mode=1777,size=64m"));
-    steps.push(Step::Try(Box::new(mount(c"mqueue", "/dev/mqueue", plain | MsFlags::MS_NODEV, c""))));
-    steps.extend(DEVICES.map(|(path, major, minor)| Step::MakeDevice { path: path.into(), major, minor }));
-    steps.extend(LINKS.map(|(path, target)| Step::Link { target: target.into(), path: path.into() }));
-    steps
-}
-
-/// The devices every container has (OCI runtime specification, Linux, default devices).
-const DEVICES: [(&std::ffi::CStr, u64, u64); 6] = [
-    (c"/dev/null", 1, 3),
-    (c"/dev/zero", 1, 5),
-    (c"/dev/full", 1, 7),
-    (c"/dev/random", 1, 8),
-    (c"/dev/urandom", 1, 9),
-    (c"/dev/tty", 5, 0),
-];
-
-/// The links beside them.
-const LINKS: [(&std::ffi::CStr, &std::ffi::CStr); 5] = [
-    (c"/dev/fd", c"/proc/self/fd"),
-    (c"/dev/stdin", c"/proc/self/fd/0"),
-    (c"/dev/stdout", c"/proc/self/fd/1"),
-    (c"/dev/stderr", c"/proc/self/fd/2"),
-    (c"/dev/ptmx", c"pts/ptmx"),
-];
-
-fn directory<'a>(path: CString) -> Step<'a> {
-    Step::MakeDirectory { path, mode: 0o755 }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::*;
-
-    #[test]
-    fn the_root_is_entered_before_anything_is_mounted_in_it() {
-        let steps = steps(c"/run/mvm/root/c1".into());
-        let entered = steps.iter().position(|step| matches!(step, Step::EnterRoot(_))).unwrap();
-        let private =
-            steps.iter().position(|step| matches!(step, Step::Mount(it) if it.target == *c"/")).unwrap();
-        assert!(private < entered);
-        let in_root = |step: &Step<'_>| step.to_string().contains("/dev");
-        assert!(!steps[..entered].iter().any(in_root));
-        assert_eq!(steps.iter().filter(|step| matches!(step, Step::MakeDevice { .. })).count(), 6);
-    }
 
     #[test]
     fn ids_are_plain_names() {

@@ -142,6 +142,14 @@ pub(crate) fn launch(
     report: &Report,
     place: &Place<'_>,
 ) -> Result<Pid> {
+    match fork_at(place)? {
+        Some(pid) => Ok(pid),
+        None => run_child(&mut Linux, steps, program, report.writer.as_fd()),
+    }
+}
+
+/// Forks with the child in its place; `None` in the child.
+pub(crate) fn fork_at(place: &Place<'_>) -> Result<Option<Pid>> {
     let own = match place.pids {
         PidSpace::Agent => None,
         _ => Some(open_pid_space("/proc/self/ns/pid")?),
@@ -150,18 +158,14 @@ pub(crate) fn launch(
         Some(cgroup) => sys::fork_into(cgroup),
         None => sys::fork(),
     });
-    if let Ok(None) = forked {
-        run_child(&mut Linux, steps, program, report.writer.as_fd());
-    }
     // The agent's own children are to be in its own name space again.
-    if let Some(own) = own {
+    if let Some(own) = own
+        && forked != Ok(None)
+    {
         setns(own, CloneFlags::CLONE_NEWPID)
             .context(|| "cannot return to the agent's PID name space".into())?;
     }
-    match forked.context(|| "cannot fork".into())? {
-        Some(pid) => Ok(pid),
-        None => sys::exit_now(127),
-    }
+    forked.context(|| "cannot fork".into())
 }
 
 fn run_child(kernel: &mut dyn Kernel, steps: &[Step<'_>], program: &Program, report: BorrowedFd<'_>) -> ! {

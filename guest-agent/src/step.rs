@@ -6,7 +6,7 @@
 use std::{
     ffi::{CStr, CString},
     fmt,
-    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
 };
 
 use nix::{
@@ -15,25 +15,47 @@ use nix::{
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
-    sys::stat::{Mode, SFlag, makedev, mknod, umask},
+    sys::{
+        prctl::{set_keepcaps, set_no_new_privs},
+        stat::{Mode, SFlag, fstat, lstat, makedev, mknod, stat, umask},
+    },
     unistd::{
-        Gid, Uid, chdir, chroot, mkdir, pivot_root, setgroups, setresgid, setresuid, setsid, symlinkat, write,
+        Gid, Uid, chdir, chown, chroot, mkdir, pivot_root, setgroups, setresgid, setresuid, setsid,
+        symlinkat, write,
     },
 };
 
-use crate::sys;
+use mvm_protocol::{Capabilities, Rlimit, Scheduler};
+
+use crate::{
+    surroundings::{Target, make_target, replace_below},
+    sys::{
+        self, confine,
+        trees::{self, Attributes},
+    },
+};
 
 /// One system operation.
 #[derive(Debug)]
 pub(crate) enum Step<'a> {
     /// mount(2).
     Mount(MountCall),
-    /// umount2(2), lazily.
-    Detach(CString),
     /// mkdir(2); an existing directory is as good.
     MakeDirectory { path: CString, mode: u32 },
-    /// mknod(2) of a character device that everybody may use.
-    MakeDevice { path: CString, major: u64, minor: u64 },
+    /// mknod(2) and its owner; a device of the same numbers is as good.
+    MakeDevice(Device),
+    /// A file or directory something is mounted on, made if it is missing.
+    MakeTarget { target: Target, directory: bool },
+    /// A copied tree of mounts becomes visible.
+    Attach { tree: BorrowedFd<'a>, target: CString, attributes: Attributes },
+    /// What is at one path becomes visible at another one, which is made if it is missing.
+    Bind { source: CString, target: Target, recursive: bool, attributes: Attributes },
+    /// What is at a path reads as empty; nothing there is as good.
+    Mask(CString),
+    /// What is at a path cannot be written; nothing there is as good.
+    Protect(CString),
+    /// A fresh mount in the place of another, below what is mounted on that.
+    Replace { call: MountCall, above: Vec<CString> },
     /// symlink(2).
     Link { target: CString, path: CString },
     /// unshare(2).
@@ -62,8 +84,43 @@ pub(crate) enum Step<'a> {
     Credentials { uid: Uid, gid: Gid, groups: Vec<Gid> },
     /// Default dispositions, nothing blocked.
     ResetSignals,
+    /// setrlimit(2).
+    LimitResource(Rlimit),
+    /// sched_setattr(2).
+    Schedule(Scheduler),
+    /// ioprio_set(2).
+    IoPriority(u32),
+    /// Executing a program gives no privilege from now on.
+    NoNewPrivileges,
+    /// seccomp(2): eight bytes for each instruction.
+    FilterSystemCalls { program: Vec<u64>, flags: u64 },
+    /// The bounding set loses all capabilities but these.
+    BoundCapabilities(u64),
+    /// Whether a change of user keeps the permitted capabilities.
+    KeepCapabilities(bool),
+    /// capset(2), then the ambient ones.
+    Capabilities(Capabilities),
     /// A step that may fail.
     Try(Box<Step<'a>>),
+}
+
+/// The arguments of mknod(2) and chown(2).
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    pub(crate) path: CString,
+    pub(crate) kind: SFlag,
+    pub(crate) major: u64,
+    pub(crate) minor: u64,
+    pub(crate) mode: u32,
+    pub(crate) owner: (Uid, Gid),
+}
+
+impl Device {
+    /// A character device that everybody may use.
+    pub(crate) fn open_to_all(path: &CStr, major: u64, minor: u64) -> Self {
+        let owner = (Uid::from_raw(0), Gid::from_raw(0));
+        Self { path: path.into(), kind: SFlag::S_IFCHR, major, minor, mode: 0o666, owner }
+    }
 }
 
 /// The arguments of mount(2).
@@ -107,9 +164,22 @@ impl Kernel for Linux {
     fn perform(&mut self, step: &Step<'_>) -> Result<()> {
         match step {
             Step::Mount(call) => mount_call(call),
-            Step::Detach(target) => umount2(target.as_c_str(), MntFlags::MNT_DETACH),
             Step::MakeDirectory { path, mode } => make_directory(path, *mode),
-            Step::MakeDevice { path, major, minor } => make_device(path, *major, *minor),
+            Step::MakeDevice(device) => make_device(device),
+            Step::MakeTarget { target, directory } => make_target(target, *directory),
+            Step::Attach { tree, target, attributes } => {
+                trees::change(*tree, *attributes)?;
+                trees::attach(*tree, target)
+            }
+            Step::Bind { source, target, recursive, attributes } => {
+                bind(source, target, *recursive, *attributes)
+            }
+            Step::Mask(path) => mask(path),
+            Step::Protect(path) => protect(path),
+            Step::Replace { call, above } => replace_below(above, &mut || {
+                let _ = umount2(call.target.as_c_str(), MntFlags::MNT_DETACH);
+                mount_call(call)
+            }),
             Step::Link { target, path } => {
                 symlinkat(target.as_c_str(), nix::fcntl::AT_FDCWD, path.as_c_str())
             }
@@ -133,6 +203,14 @@ impl Kernel for Linux {
                 setresuid(*uid, *uid, *uid)
             }
             Step::ResetSignals => sys::reset_signals(),
+            Step::LimitResource(limit) => confine::limit_resource(limit),
+            Step::Schedule(scheduler) => confine::schedule(scheduler),
+            Step::IoPriority(priority) => confine::set_io_priority(*priority),
+            Step::NoNewPrivileges => set_no_new_privs(),
+            Step::FilterSystemCalls { program, flags } => confine::filter_system_calls(program, *flags),
+            Step::BoundCapabilities(keep) => confine::bound_capabilities(*keep),
+            Step::KeepCapabilities(keep) => set_keepcaps(*keep),
+            Step::Capabilities(sets) => confine::set_capabilities(sets),
             Step::Try(step) => {
                 let _ = self.perform(step);
                 Ok(())
@@ -158,8 +236,56 @@ fn make_directory(path: &CStr, mode: u32) -> Result<()> {
     }
 }
 
-fn make_device(path: &CStr, major: u64, minor: u64) -> Result<()> {
-    mknod(path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))
+fn make_device(device: &Device) -> Result<()> {
+    let Device { path, kind, major, minor, mode, owner: (uid, gid) } = device;
+    let number = makedev(*major, *minor);
+    match mknod(path.as_c_str(), *kind, Mode::from_bits_truncate(*mode), number) {
+        Err(Errno::EEXIST) => {
+            let there = lstat(path.as_c_str())?;
+            let same = there.st_mode & SFlag::S_IFMT.bits() == kind.bits() && there.st_rdev == number;
+            if same { Ok(()) } else { Err(Errno::EEXIST) }
+        }
+        Err(errno) => Err(errno),
+        Ok(()) if uid.is_root() && gid.as_raw() == 0 => Ok(()),
+        Ok(()) => chown(path.as_c_str(), Some(*uid), Some(*gid)),
+    }
+}
+
+fn bind(source: &CStr, target: &Target, recursive: bool, attributes: Attributes) -> Result<()> {
+    let is_directory = stat(source)?.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
+    let tree = trees::copy(source, recursive)?;
+    make_target(target, is_directory)?;
+    trees::change(tree.as_fd(), attributes)?;
+    trees::attach(tree.as_fd(), &target.path)
+}
+
+/// A directory is covered by an empty one, anything else by the null device, which is looked at first: an
+/// image could have put something else in its place.
+fn mask(path: &CStr) -> Result<()> {
+    let there = match stat(path) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+        there => there?,
+    };
+    if there.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits() {
+        let call = MountCall::of(c"tmpfs", path.into(), MsFlags::MS_RDONLY, c"size=0,mode=0555");
+        return mount_call(&call);
+    }
+    let null = open(c"/dev/null", OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    let found = fstat(&null)?;
+    if found.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFCHR.bits() || found.st_rdev != makedev(1, 3) {
+        return Err(Errno::ENODEV);
+    }
+    let tree = trees::copy_from(null.as_fd(), false)?;
+    trees::attach(tree.as_fd(), path)
+}
+
+fn protect(path: &CStr) -> Result<()> {
+    let tree = match trees::copy(path, true) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+        tree => tree?,
+    };
+    trees::change(tree.as_fd(), Attributes::READ_ONLY)?;
+    trees::attach(tree.as_fd(), path)
 }
 
 /// pivot_root(2) leaves no trace of the old root. It is refused when that is the kernel's own rootfs
@@ -199,9 +325,20 @@ impl fmt::Display for Step<'_> {
         let text = |text: &CString| text.to_string_lossy().into_owned();
         match self {
             Self::Mount(call) => write!(f, "cannot mount {} at {}", text(&call.kind), text(&call.target)),
-            Self::Detach(target) => write!(f, "cannot unmount {}", text(target)),
             Self::MakeDirectory { path, .. } => write!(f, "cannot make directory {}", text(path)),
-            Self::MakeDevice { path, .. } => write!(f, "cannot make device {}", text(path)),
+            Self::MakeDevice(device) => write!(f, "cannot make device {}", text(&device.path)),
+            Self::MakeTarget { target, .. } => {
+                write!(f, "cannot make {} to mount something on", text(&target.path))
+            }
+            Self::Attach { target, .. } => write!(f, "cannot mount at {}", text(target)),
+            Self::Bind { source, target, .. } => {
+                write!(f, "cannot mount {} at {}", text(source), text(&target.path))
+            }
+            Self::Mask(path) => write!(f, "cannot mask {}", text(path)),
+            Self::Protect(path) => write!(f, "cannot make {} read-only", text(path)),
+            Self::Replace { call, .. } => {
+                write!(f, "cannot mount {} anew at {}", text(&call.kind), text(&call.target))
+            }
             Self::Link { path, .. } => write!(f, "cannot make symbolic link {}", text(path)),
             Self::Unshare(flags) => write!(f, "cannot make name spaces {flags:?}"),
             Self::EnterNamespace { kind, .. } => write!(f, "cannot enter name space {kind:?}"),
@@ -216,6 +353,14 @@ impl fmt::Display for Step<'_> {
             Self::WorkingDirectory { path, .. } => write!(f, "cannot enter working directory {}", text(path)),
             Self::Credentials { uid, gid, .. } => write!(f, "cannot become user {uid} group {gid}"),
             Self::ResetSignals => write!(f, "cannot reset signals"),
+            Self::LimitResource(limit) => write!(f, "cannot set resource limit {}", limit.resource),
+            Self::Schedule(it) => write!(f, "cannot set scheduling policy {} nice {}", it.policy, it.nice),
+            Self::IoPriority(priority) => write!(f, "cannot set I/O priority {priority:#x}"),
+            Self::NoNewPrivileges => write!(f, "cannot forbid new privileges"),
+            Self::FilterSystemCalls { .. } => write!(f, "cannot install the system call filter"),
+            Self::BoundCapabilities(_) => write!(f, "cannot drop capabilities from the bounding set"),
+            Self::KeepCapabilities(_) => write!(f, "cannot keep capabilities over a change of user"),
+            Self::Capabilities(_) => write!(f, "cannot set the capabilities"),
             Self::Try(step) => step.fmt(f),
         }
     }

@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    io::Write,
+    path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -28,18 +29,32 @@ pub(crate) struct Storage {
     base: PathBuf,
     /// Where the kernel lists block devices: `/sys/block`.
     sys_block: PathBuf,
-    /// Disks that are mounted: serial, directory, read-only.
-    disks: Vec<(String, String, bool)>,
+    /// Disks that are mounted for containers.
+    disks: Vec<Disk>,
+    /// Disks mounted so far, for their directories' names.
+    named: usize,
     /// All mount points, in the order they were made.
     mounted: Vec<String>,
     /// How long a disk that is not there is waited for.
     patience: Duration,
+    /// Where the kernel is told to look for new PCI functions, if that is this agent's to do.
+    rescan: Option<PathBuf>,
+}
+
+/// A disk that is mounted once, for as long as a container needs it.
+struct Disk {
+    serial: String,
+    directory: String,
+    read_only: bool,
+    /// The ids of the roots that need it.
+    users: Vec<String>,
 }
 
 impl Storage {
     /// Nothing mounted yet.
-    pub(crate) fn new(base: PathBuf, sys_block: PathBuf) -> Self {
-        Self { base, sys_block, disks: Vec::new(), mounted: Vec::new(), patience: PATIENCE }
+    pub(crate) fn new(base: PathBuf, sys_block: PathBuf, rescan: Option<PathBuf>) -> Self {
+        let patience = PATIENCE;
+        Self { base, sys_block, disks: Vec::new(), named: 0, mounted: Vec::new(), patience, rescan }
     }
 
     /// Makes mounts in order; if one fails those made before it are undone.
@@ -57,8 +72,7 @@ impl Storage {
 
     fn mount_one(&mut self, kernel: &mut dyn Kernel, mount: &Mount) -> Result<()> {
         let below = Path::new(&mount.target).strip_prefix(&self.base).ok();
-        let plain =
-            |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        let plain = |path: &Path| path.components().all(|part| matches!(part, Component::Normal(_)));
         if !below.is_some_and(|below| plain(below) && below.as_os_str() != "") {
             return Err(Error::Invalid(format!("mount target {} is not below /run/mvm", mount.target)));
         }
@@ -90,10 +104,9 @@ impl Storage {
                 "a root needs between 1 and 128 layers, or one disk that is all of it".into(),
             ));
         }
-        let before = self.mark();
         let result = self.lay_root(kernel, id, lower, writable);
         if result.is_err() {
-            self.unmount_down_to(before);
+            self.release(id);
         }
         result
     }
@@ -106,8 +119,8 @@ impl Storage {
         writable: &Writable,
     ) -> Result<String> {
         let layers: Vec<String> =
-            lower.iter().map(|layer| self.layer(kernel, layer)).collect::<Result<_>>()?;
-        let target = self.path(&format!("root/{id}"));
+            lower.iter().map(|layer| self.layer(kernel, id, layer)).collect::<Result<_>>()?;
+        let [target, upper_target] = self.own_targets(id);
         let upper = match writable {
             Writable::Whole { serial } => {
                 let disk = self.disk(kernel, serial, DiskFilesystem::Ext4, MsFlags::empty())?;
@@ -116,12 +129,11 @@ impl Storage {
             }
             Writable::No => None,
             Writable::Tmpfs { size } => {
-                let upper = self.path(&format!("upper/{id}"));
-                self.mount(kernel, &tmpfs_call(&upper, *size, MsFlags::empty())?)?;
-                Some(upper)
+                self.mount(kernel, &tmpfs_call(&upper_target, *size, MsFlags::empty())?)?;
+                Some(upper_target)
             }
             Writable::Disk { serial } => {
-                Some(self.disk(kernel, serial, DiskFilesystem::Ext4, MsFlags::empty())?)
+                Some(self.disk(kernel, id, (serial, DiskFilesystem::Ext4), MsFlags::empty())?)
             }
         };
         let call = match (upper, layers.as_slice()) {
@@ -146,34 +158,63 @@ impl Storage {
         Ok(target)
     }
 
-    fn layer(&mut self, kernel: &mut dyn Kernel, layer: &Lower) -> Result<String> {
+    /// Where a root and its writable layer are mounted.
+    fn own_targets(&self, id: &str) -> [String; 2] {
+        ["root", "upper"].map(|kind| self.path(&format!("{kind}/{id}")))
+    }
+
+    fn layer(&mut self, kernel: &mut dyn Kernel, id: &str, layer: &Lower) -> Result<String> {
         match layer {
-            Lower::Disk { serial, filesystem } => self.disk(kernel, serial, *filesystem, MsFlags::MS_RDONLY),
+            Lower::Disk { serial, filesystem } => {
+                self.disk(kernel, id, (serial, *filesystem), MsFlags::MS_RDONLY)
+            }
             Lower::Directory(path) => Ok(path.clone()),
         }
     }
 
-    /// The directory a disk is mounted at. The name is short because all layers of an overlay must fit
-    /// in one page of options.
-    fn disk(
+    /// The directory a disk is mounted at for the root `id`. The name is short because all layers of an
+    /// overlay must fit in one page of options.
+    pub(crate) fn disk(
         &mut self,
         kernel: &mut dyn Kernel,
-        serial: &str,
-        filesystem: DiskFilesystem,
+        id: &str,
+        (serial, filesystem): (&str, DiskFilesystem),
         flags: MsFlags,
     ) -> Result<String> {
         let read_only = flags.contains(MsFlags::MS_RDONLY);
-        if let Some((_, directory, how)) = self.disks.iter().find(|(it, ..)| it == serial) {
-            return match *how == read_only {
-                true => Ok(directory.clone()),
-                false => Err(Error::Invalid(format!("disk {serial} is both a layer and writable"))),
-            };
+        if let Some(disk) = self.disks.iter_mut().find(|it| it.serial == serial) {
+            if disk.read_only != read_only {
+                return Err(Error::Invalid(format!("disk {serial} is both a layer and writable")));
+            }
+            disk.users.push(id.to_owned());
+            return Ok(disk.directory.clone());
         }
         let device = self.find_disk(serial)?;
-        let directory = self.path(&format!("d/{}", self.mounted.len()));
-        self.mount(kernel, &disk_call(&device, &directory, filesystem, flags)?)?;
-        self.disks.push((serial.to_owned(), directory.clone(), read_only));
+        let directory = self.path(&format!("d/{}", self.named));
+        self.named += 1;
+        self.mount(kernel, &disk_call(&device, &directory, filesystem, flags & MsFlags::MS_RDONLY)?)?;
+        let users = vec![id.to_owned()];
+        self.disks.push(Disk { serial: serial.to_owned(), directory: directory.clone(), read_only, users });
         Ok(directory)
+    }
+
+    /// Unmounts what was mounted for a root alone.
+    pub(crate) fn release(&mut self, id: &str) {
+        for target in self.own_targets(id) {
+            self.unmount(&target);
+        }
+        self.disks.iter_mut().for_each(|disk| disk.users.retain(|it| it != id));
+        let (unused, used) = std::mem::take(&mut self.disks).into_iter().partition(|it| it.users.is_empty());
+        self.disks = used;
+        let unused: Vec<Disk> = unused;
+        unused.iter().for_each(|disk| self.unmount(&disk.directory));
+    }
+
+    fn unmount(&mut self, target: &str) {
+        if let Some(at) = self.mounted.iter().rposition(|it| it == target) {
+            self.mounted.remove(at);
+            detach(target);
+        }
     }
 
     fn mount(&mut self, kernel: &mut dyn Kernel, call: &MountCall) -> Result<()> {
@@ -198,6 +239,10 @@ impl Storage {
         let deadline = Instant::now() + self.patience;
         // Listens first and looks then: what comes in between is not missed.
         let events = Uevents::new().map_err(|_| missing())?;
+        // It may have been plugged in just now, of which nobody tells the kernel.
+        if let Some(rescan) = &self.rescan {
+            let _ = fs::write(rescan, "1");
+        }
         loop {
             if let Some(device) = self.look_for_disk(serial)? {
                 return Ok(device);
@@ -208,15 +253,52 @@ impl Storage {
         }
     }
 
+    /// Has the kernel look for functions that were plugged in.
+    pub(crate) fn rescan(&self) -> Result<()> {
+        let missing = || Error::NotFound("no PCI bus to look for devices on".into());
+        fs::write(self.rescan.as_ref().ok_or_else(missing)?, "1")
+            .context(|| "cannot rescan the PCI bus".into())
+    }
+
+    /// Takes the PCI function away that carries the disk of this serial.
+    pub(crate) fn eject(&self, serial: &str) -> Result<()> {
+        if self.disks.iter().any(|disk| disk.serial == serial) {
+            return Err(Error::Busy("the disk is mounted"));
+        }
+        let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
+        let disk = disks.flatten().map(|disk| disk.path()).find(|disk| has_serial(disk, serial));
+        let disk = disk.ok_or_else(|| Error::NotFound(format!("no disk has the serial {serial}")))?;
+        // The disk's device is the virtio device, whose parent is the function.
+        let failed = || format!("cannot remove the function of disk {serial}");
+        let device = fs::canonicalize(disk.join("device")).context(failed)?;
+        let function = device.parent().ok_or_else(|| Error::NotFound(failed()))?;
+        let mut file = fs::File::options().write(true).open(function.join("remove")).context(failed)?;
+        file.write_all(b"1").context(failed)
+    }
+
     fn look_for_disk(&self, serial: &str) -> Result<Option<String>> {
         let is_it = |disk: &PathBuf| {
             // An empty slot has no sectors yet.
             let empty = fs::read(disk.join("size")).is_ok_and(|size| trim(&size) == b"0");
-            !empty && fs::read(disk.join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes())
+            !empty && has_serial(disk, serial)
         };
         let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
         let found = disks.flatten().map(|disk| disk.path()).find(is_it);
         Ok(found.and_then(|disk| Some(format!("/dev/{}", disk.file_name()?.to_str()?))))
+    }
+
+    /// A path below the base, from the base or from the root of the agent's name space.
+    pub(crate) fn shared(&self, path: &str) -> Result<PathBuf> {
+        let path = Path::new(path);
+        let below = path.strip_prefix(&self.base).unwrap_or(path);
+        let plain = below.components().all(|part| matches!(part, Component::Normal(_)));
+        if !plain
+            || below.as_os_str().is_empty()
+            || ["root", "upper", "d"].iter().any(|own| below.starts_with(own))
+        {
+            return Err(Error::Invalid(format!("{} is no shared path", path.display())));
+        }
+        Ok(self.base.join(below))
     }
 
     fn path(&self, name: &str) -> String {
@@ -231,12 +313,22 @@ impl Storage {
     /// Unmounts what was mounted since a mark, the newest first.
     pub(crate) fn unmount_down_to(&mut self, keep: usize) {
         for target in self.mounted.drain(keep.min(self.mounted.len())..).rev() {
-            if umount2(target.as_str(), MntFlags::empty()).is_err() {
-                let _ = umount2(target.as_str(), MntFlags::MNT_DETACH);
-            }
-            self.disks.retain(|(_, directory, _)| *directory != target);
+            detach(&target);
+            self.disks.retain(|disk| disk.directory != target);
         }
     }
+}
+
+fn has_serial(disk: &Path, serial: &str) -> bool {
+    fs::read(disk.join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes())
+}
+
+/// What is still in use vanishes from sight at once and goes when it is used no more.
+fn detach(target: &str) {
+    if umount2(target, MntFlags::empty()).is_err() {
+        let _ = umount2(target, MntFlags::MNT_DETACH);
+    }
+    let _ = fs::remove_dir(target);
 }
 
 /// The text of a sysfs file without its end.

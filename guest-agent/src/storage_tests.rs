@@ -44,7 +44,7 @@ fn guest(disks: &[(&str, &str)]) -> Guest {
         fs::write(sys_block.join(name).join("serial"), serial).unwrap();
     }
     let text = base.to_str().unwrap().to_owned();
-    let storage = Storage { patience: Duration::ZERO, ..Storage::new(base, sys_block) };
+    let storage = Storage { patience: Duration::ZERO, ..Storage::new(base, sys_block, None) };
     Guest { storage, kernel: Notebook::default(), base: text, _dir: dir }
 }
 

@@ -32,11 +32,14 @@ pub(crate) enum Kind {
     Input,
     Output,
     Terminal,
+    /// A connection within the guest, whose directions end one by one.
+    Connection,
 }
 
 /// A connection to the host and the process's end of the stream, both non-blocking.
 pub(crate) struct Stream {
-    pub(crate) process: u64,
+    /// `None` is a stream of the machine's.
+    pub(crate) process: Option<u64>,
     pub(crate) kind: Kind,
     pub(crate) socket: OwnedFd,
     pub(crate) end: OwnedFd,
@@ -92,8 +95,8 @@ impl Streams {
 
     /// Begins to pump a stream.
     pub(crate) fn add(&mut self, epoll: &Epoll, stream: Stream) {
-        let inward = matches!(stream.kind, Kind::Input | Kind::Terminal).then(Flow::default);
-        let outward = matches!(stream.kind, Kind::Output | Kind::Terminal).then(Flow::default);
+        let inward = (stream.kind != Kind::Output).then(Flow::default);
+        let outward = (stream.kind != Kind::Input).then(Flow::default);
         let first = Interest {
             socket: inward.as_ref().map_or(EpollFlags::empty(), |_| EpollFlags::EPOLLIN),
             end: outward.as_ref().map_or(EpollFlags::empty(), |_| EpollFlags::EPOLLIN),
@@ -134,7 +137,7 @@ impl Streams {
             watch(epoll, end.as_fd(), slot, (EpollFlags::empty(), EpollFlags::EPOLLIN));
             self.slots[slot] = Slot::Orphaned(end);
         }
-        (kind != Kind::Input).then_some(process)
+        process.filter(|_| kind != Kind::Input)
     }
 
     /// The process has exited: its input is closed, and its output ends with what is there by now. How
@@ -182,7 +185,7 @@ impl Streams {
 
     fn live(&mut self, slot: usize, process: u64) -> Option<&mut Live> {
         match self.slots.get_mut(slot)? {
-            Slot::Live(live) if live.stream.process == process => Some(live),
+            Slot::Live(live) if live.stream.process == Some(process) => Some(live),
             _ => None,
         }
     }
@@ -203,11 +206,18 @@ impl Live {
     fn turn(&mut self, buffer: &mut [u8]) -> Progress {
         let (socket, end) = (self.stream.socket.as_fd(), self.stream.end.as_fd());
         let mut next = Interest::NONE;
+        let connection = self.stream.kind == Kind::Connection;
         if let Some(flow) = &mut self.inward {
-            match flow.turn(socket, Sink::File(end), buffer) {
+            let sink = if connection { Sink::Socket(end) } else { Sink::File(end) };
+            match flow.turn(socket, sink, buffer) {
                 Turn::AwaitSource => next.socket |= EpollFlags::EPOLLIN,
                 Turn::AwaitSink => next.end |= EpollFlags::EPOLLOUT,
-                Turn::Finished | Turn::Broken => self.inward = None,
+                Turn::Finished | Turn::Broken => {
+                    if connection {
+                        let _ = shutdown(end.as_raw_fd(), Shutdown::Write);
+                    }
+                    self.inward = None;
+                }
             }
         }
         if let Some(flow) = &mut self.outward {
@@ -217,6 +227,10 @@ impl Live {
                 Turn::Broken => return Progress::Over,
                 Turn::Finished => {
                     let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
+                    if connection && self.inward.is_some() {
+                        self.outward = None;
+                        return Progress::Going(next);
+                    }
                     return if hung_up(end) { Progress::Over } else { Progress::Left };
                 }
             }

@@ -1,4 +1,4 @@
-//! System calls that need `unsafe`, each behind a safe function. The only such file of the agent.
+//! System calls that need `unsafe`, each behind a safe function. The only such files of the agent.
 #![allow(unsafe_code)] // fork, exec, ioctls and signal dispositions have no safe form in nix
 
 use std::{
@@ -6,6 +6,10 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
 };
+
+pub(crate) mod bpf;
+pub(crate) mod confine;
+pub(crate) mod trees;
 
 use mvm_protocol::ExitStatus;
 use nix::{

@@ -124,6 +124,14 @@ impl Table {
             .map(|process| process.pid)
     }
 
+    /// Those of them that were started in this root.
+    pub(crate) fn running_in(&self, root: &str) -> impl Iterator<Item = Pid> {
+        self.processes
+            .values()
+            .filter(move |it| matches!(it.state, State::Running) && it.root.as_deref() == Some(root))
+            .map(|process| process.pid)
+    }
+
     /// Every process on record.
     pub(crate) fn entries(&self) -> Vec<ProcessEntry> {
         let entry = |(&process, entry): (&u64, &Process)| ProcessEntry {

@@ -28,5 +28,11 @@ pub const MAX_SHUTDOWN_MS: u32 = 60_000;
 pub const MAX_USER_DATABASE: usize = 1 << 20;
 /// Longest text of one cgroup file in a container's statistics, in bytes; the agent cuts what is longer.
 pub const MAX_STAT_TEXT: usize = 8192;
+/// Most process numbers in a container's statistics.
+pub const MAX_STAT_PIDS: usize = 4096;
 /// Most bytes of a file in one [`crate::Put`] or [`crate::Got`].
 pub const MAX_PART: usize = 512 * 1024;
+/// Most entries of each list of a container's surroundings.
+pub const MAX_SURROUNDINGS: usize = 1024;
+/// Most entries of one [`crate::Put`].
+pub const MAX_PUT_ENTRIES: usize = 4096;

@@ -28,16 +28,16 @@ use super::{
 };
 
 /// Time for an ordinary call.
-const CALL_TIME: Duration = Duration::from_secs(5);
+pub(super) const CALL_TIME: Duration = Duration::from_secs(5);
 /// Time for calls that mount, execute or write back disks.
-const LONG_CALL_TIME: Duration = Duration::from_secs(60);
+pub(super) const LONG_CALL_TIME: Duration = Duration::from_secs(60);
 
 /// A connection to one guest's agent. Shared between threads by reference; dropping it closes the
 /// connection and stops its thread, and the guest goes on.
 #[derive(Debug)]
 pub struct AgentClient {
     hello: Hello,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Callers take turns to write; held for one frame at most, and for no other lock.
     writer: Mutex<UnixStream>,
     next_id: AtomicU64,
@@ -277,14 +277,14 @@ impl AgentClient {
         self.shared.memory_kills(root)
     }
 
-    fn done(&self, request: Request, timeout: Duration) -> Result<()> {
+    pub(super) fn done(&self, request: Request, timeout: Duration) -> Result<()> {
         match self.call(request, timeout)? {
             Reply::Done => Ok(()),
             _ => Err(Error::WrongReply),
         }
     }
 
-    fn call(&self, request: Request, timeout: Duration) -> Result<Reply> {
+    pub(super) fn call(&self, request: Request, timeout: Duration) -> Result<Reply> {
         let id = self.next_id();
         self.shared.begin_call(id, false)?;
         self.write(&HostMessage::Request { id, request })?;
@@ -343,29 +343,34 @@ fn read_hello(mut control: &UnixStream, decoder: &mut Decoder, timeout: Duration
     }
 }
 
-/// What the agent is asked for, and the tokens of it.
-fn stdio(spec: StdioSpec) -> Result<(Stdio, Vec<Token>)> {
+/// Tokens that nobody can guess.
+pub(super) fn tokens(count: usize) -> Result<Vec<Token>> {
     let mut random = File::open("/dev/urandom").map_err(io_error("cannot open /dev/urandom"))?;
-    let mut tokens = Vec::new();
-    let mut token = |wanted: bool| -> Result<Option<Token>> {
-        if !wanted {
-            return Ok(None);
-        }
+    let mut token = || {
         let mut bytes = [0; 8];
         random.read_exact(&mut bytes).map_err(io_error("cannot read /dev/urandom"))?;
-        let token = Token(u64::from_ne_bytes(bytes));
-        tokens.push(token);
-        Ok(Some(token))
+        Ok(Token(u64::from_ne_bytes(bytes)))
     };
+    (0..count).map(|_| token()).collect()
+}
+
+/// What the agent is asked for, and the tokens of it.
+fn stdio(spec: StdioSpec) -> Result<(Stdio, Vec<Token>)> {
+    let wanted = match spec {
+        StdioSpec::Terminal(_) => 1,
+        StdioSpec::Pipes { stdin, stdout, stderr } => {
+            [stdin, stdout, stderr].into_iter().filter(|wanted| *wanted).count()
+        }
+    };
+    let tokens = tokens(wanted)?;
+    let mut unused = tokens.iter().copied();
     let stdio = match spec {
         StdioSpec::Terminal(size) => {
-            let Some(stream) = token(true)? else {
-                return Err(Error::WrongReply);
-            };
-            Stdio::Terminal { stream, size }
+            Stdio::Terminal { stream: unused.next().ok_or(Error::WrongReply)?, size }
         }
         StdioSpec::Pipes { stdin, stdout, stderr } => {
-            Stdio::Pipes { stdin: token(stdin)?, stdout: token(stdout)?, stderr: token(stderr)? }
+            let mut token = |wanted: bool| if wanted { unused.next() } else { None };
+            Stdio::Pipes { stdin: token(stdin), stdout: token(stdout), stderr: token(stderr) }
         }
     };
     Ok((stdio, tokens))

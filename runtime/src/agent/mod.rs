@@ -9,6 +9,7 @@
 //! call has a deadline. A guest that breaks the protocol loses its connection, and nothing else.
 
 mod client;
+mod containers;
 mod error;
 mod link;
 mod listener;

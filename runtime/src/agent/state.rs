@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     os::unix::net::UnixStream,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -29,9 +29,14 @@ pub(super) struct State {
     streams: HashMap<Token, Option<UnixStream>>,
     /// Kills for want of memory, by container root.
     kills: HashMap<String, u64>,
+    /// Who is told of them.
+    heard: Option<MemoryKill>,
     /// Why the connection is gone.
     lost: Option<String>,
 }
+
+/// Is told of a root in which the kernel has killed for want of memory, and how often so far.
+pub(super) type MemoryKill = Arc<dyn Fn(&str, u64) + Send + Sync>;
 
 enum Call {
     Waiting,
@@ -117,6 +122,16 @@ impl Shared {
         self.lock().kills.get(root).copied().unwrap_or(0)
     }
 
+    /// From now on tells of kills for want of memory.
+    pub(super) fn on_memory_kill(&self, heard: MemoryKill) {
+        self.lock().heard = Some(heard);
+    }
+
+    /// A root is gone; another one may get its id.
+    pub(super) fn forget_kills(&self, root: &str) {
+        self.lock().kills.remove(root);
+    }
+
     /// Waits until `find` finds something, the connection is lost or time is up.
     fn wait<T>(
         &self,
@@ -157,8 +172,18 @@ impl Shared {
 
     /// Takes a message of the guest's; an error is a breach of the protocol.
     pub(super) fn take(&self, message: GuestMessage) -> Result<(), &'static str> {
-        self.lock().take(message)?;
+        let killed = match &message {
+            GuestMessage::Event(Event::OutOfMemory { root, kills }) => Some((root.clone(), *kills)),
+            _ => None,
+        };
+        let mut state = self.lock();
+        state.take(message)?;
+        let heard = state.heard.clone();
+        drop(state);
         self.changed.notify_all();
+        if let Some(((root, kills), heard)) = killed.zip(heard) {
+            heard(&root, kills);
+        }
         Ok(())
     }
 }

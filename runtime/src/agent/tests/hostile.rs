@@ -52,7 +52,7 @@ fn a_guest_that_says_nothing_or_something_else_is_not_waited_for_long() {
 fn a_later_major_version_is_named_and_a_later_minor_one_accepted() {
     let later = Version { major: VERSION.major + 1, minor: 0 };
     let error = played(&hello(later)).0.unwrap_err();
-    assert_eq!(error.to_string(), "the guest's agent speaks protocol 2.0, this host 1.0");
+    assert_eq!(error.to_string(), "the guest's agent speaks protocol 3.0, this host 2.0");
     let newer = Version { major: VERSION.major, minor: VERSION.minor + 1 };
     assert!(played(&hello(newer)).0.is_ok());
 }

@@ -1,0 +1,90 @@
+//! Calls about containers: what they may use, what they use, their files, ports and disks.
+
+use std::{os::unix::net::UnixStream, sync::Arc};
+
+use mvm_protocol::{Get, Got, Limits, Put, Reply, Request, RootStats, limits};
+
+use super::{
+    client::{AgentClient, CALL_TIME, LONG_CALL_TIME, tokens},
+    error::{Error, Result},
+};
+
+impl AgentClient {
+    /// Changes what a container may use.
+    pub fn update(&self, root: &str, limits: Limits) -> Result<()> {
+        self.done(Request::Update { root: root.to_owned(), limits }, CALL_TIME)
+    }
+
+    /// Stops all processes of a container, or lets them go on; returns when they have followed.
+    pub fn freeze(&self, root: &str, frozen: bool) -> Result<()> {
+        self.done(Request::Freeze { root: root.to_owned(), frozen }, CALL_TIME)
+    }
+
+    /// A container's use of its resources, by the guest's own account. The texts are the guest's: bounded, and
+    /// not to be believed.
+    pub fn root_stats(&self, root: &str) -> Result<RootStats> {
+        match self.call(Request::RootStats { root: root.to_owned() }, CALL_TIME)? {
+            Reply::RootStats(mut stats) => {
+                stats.files.iter_mut().for_each(|(_, text)| cut(text, limits::MAX_STAT_TEXT));
+                Ok(stats)
+            }
+            _ => Err(Error::WrongReply),
+        }
+    }
+
+    /// Kills what is left in a container and gives its root and disks up; returns when all that is done.
+    pub fn remove_root(&self, root: &str) -> Result<()> {
+        self.done(Request::RemoveRoot { root: root.to_owned() }, LONG_CALL_TIME)?;
+        self.shared.forget_kills(root);
+        Ok(())
+    }
+
+    /// Puts files into the guest. A file larger than [`limits::MAX_PART`] takes several calls.
+    pub fn put(&self, put: Put) -> Result<()> {
+        self.done(Request::Put(put), LONG_CALL_TIME)
+    }
+
+    /// Reads a part of a file or a directory of the guest.
+    pub fn get(&self, get: Get) -> Result<Got> {
+        match self.call(Request::Get(get), LONG_CALL_TIME)? {
+            Reply::Got(got) => Ok(got),
+            _ => Err(Error::WrongReply),
+        }
+    }
+
+    /// A connection to a TCP port of the guest's loopback address. Each direction ends on its own.
+    pub fn forward(&self, port: u16) -> Result<UnixStream> {
+        let token = tokens(1)?.pop().ok_or(Error::WrongReply)?;
+        self.shared.expect_streams(&[token]);
+        let request = Request::Forward { port, stream: token };
+        let stream = self.done(request, CALL_TIME).and_then(|()| self.shared.await_stream(token, CALL_TIME));
+        if stream.is_err() {
+            self.shared.forget_streams(&[token]);
+        }
+        stream
+    }
+
+    /// Has the guest look for devices that were plugged in.
+    pub fn rescan(&self) -> Result<()> {
+        self.done(Request::Rescan, CALL_TIME)
+    }
+
+    /// Has the guest let go of the disk of this virtio serial before it is unplugged.
+    pub fn eject(&self, serial: &str) -> Result<()> {
+        self.done(Request::Eject { serial: serial.to_owned() }, CALL_TIME)
+    }
+
+    /// Has `heard` told, on the client's thread, of each container root in which the kernel has killed for
+    /// want of memory, and how often so far. It must not wait, nor call this client.
+    pub fn on_memory_kill(&self, heard: impl Fn(&str, u64) + Send + Sync + 'static) {
+        self.shared.on_memory_kill(Arc::new(heard));
+    }
+}
+
+/// Cuts a text to its bound.
+fn cut(text: &mut String, most: usize) {
+    if text.len() > most {
+        let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.truncate(end);
+    }
+}

@@ -4,12 +4,15 @@
 #![allow(unsafe_code)]
 
 pub mod file;
+mod rights;
 pub mod tap;
+
+pub use rights::{MAX_FILES, receive_with_files};
 
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::chain::Cursor;
 use crate::memory::VolatileSlice;
@@ -169,38 +172,6 @@ pub fn send_bytes(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
         // SAFETY: pointer and length are of the same slice, which the kernel only reads.
         unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) }
     })
-}
-
-/// Receives one message, and the file that came with it if there is one. `flags` go with `MSG_CMSG_CLOEXEC`.
-/// Files beyond the first are closed.
-///
-/// # Errors
-/// The host's reason; `WouldBlock` when nothing is there and waiting is off.
-pub fn receive_with_file(
-    socket: BorrowedFd<'_>,
-    bytes: &mut [u8],
-    flags: libc::c_int,
-) -> io::Result<(usize, Option<OwnedFd>)> {
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-    let mut control = nix::cmsg_space!(RawFd);
-    let mut parts = [io::IoSliceMut::new(bytes)];
-    let flags = MsgFlags::from_bits_truncate(flags | libc::MSG_CMSG_CLOEXEC);
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
-            Err(nix::Error::EINTR) => {}
-            result => break result?,
-        }
-    };
-    let mut first = None;
-    for item in message.cmsgs()? {
-        let ControlMessageOwned::ScmRights(files) = item else { continue };
-        for file in files {
-            // SAFETY: the kernel has just installed this descriptor for us; nobody else knows it.
-            let file = unsafe { OwnedFd::from_raw_fd(file) };
-            first.get_or_insert(file);
-        }
-    }
-    Ok((message.bytes, first))
 }
 
 /// Gives the whole host pages inside `slice` back to the host and returns their bytes. What the guest

@@ -66,7 +66,7 @@ pub struct MachineConfig {
     /// Stream for [`crate::status::Event`]s, one JSON object per line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<FdSlot>,
-    /// Listening UNIX stream socket for [`crate::control`] requests.
+    /// UNIX stream socket for [`crate::control`] requests: a listening one, or one end of a connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<FdSlot>,
 }

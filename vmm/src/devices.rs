@@ -1,27 +1,63 @@
-//! The configured virtio devices: built, given an I/O loop, put on the bus.
+//! Virtio devices: built, given an I/O loop, put on the bus, and taken off it.
 
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
+use mvm_devices::fd::FdSource;
 use mvm_devices::io_loop::{IoLoop, LoopHandle};
 use mvm_devices::transport::{Parts, VirtioPci};
 use mvm_devices::virtio::{DeviceSpec, Spec};
 
 use crate::error::{Error, Result};
-use crate::fds::Slots;
 use crate::kvm::Vm;
 use crate::msi::KvmMsi;
-use crate::pci_bus::PciBus;
+use crate::pci_bus::{PciBus, Plugged};
 
-/// The threads that serve devices.
-#[derive(Debug, Default)]
-pub(crate) struct IoLoops {
-    /// Serves every device that is quick; exists once there is one.
+/// How long a device that was taken off the bus may take to complete its last request.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
+
+/// Attaches devices to a machine, when it is built and while it runs.
+#[derive(Debug)]
+pub(crate) struct Attacher {
+    vm: Arc<Vm>,
+    /// Serves every device that is quick; exists once there is one. Others have one of their own.
     shared: Option<IoLoop>,
-    /// One for each device that may be slow.
-    own: Vec<IoLoop>,
 }
 
-impl IoLoops {
+impl Attacher {
+    /// Attaches to `vm`.
+    pub(crate) fn new(vm: Arc<Vm>) -> Self {
+        Self { vm, shared: None }
+    }
+
+    /// Builds the device that `spec` describes and puts it on `bus`. Returns its number there.
+    pub(crate) fn attach(
+        &mut self,
+        spec: &DeviceSpec,
+        files: &mut dyn FdSource,
+        bus: &PciBus,
+    ) -> Result<usize> {
+        let device = spec.build(files).map_err(|source| Error::Device(Box::new(source)))?;
+        let (io_loop, handle) = if device.wants_own_loop() {
+            let own = IoLoop::spawn(&format!("io-{}", device.kind().name))
+                .map_err(Error::system("start an I/O loop"))?;
+            let handle = own.handle();
+            (Some(own), handle)
+        } else {
+            (None, self.shared()?)
+        };
+        // One vector per queue and one for configuration changes.
+        let vectors = u16::try_from(device.queues().len()).unwrap_or(u16::MAX).saturating_add(1);
+        let parts = Parts {
+            memory: Arc::clone(self.vm.memory()),
+            io_loop: handle,
+            sink: Arc::new(KvmMsi::new(Arc::clone(self.vm.fd()), vectors)),
+        };
+        let function = VirtioPci::new(device, parts).map_err(|source| Error::Device(Box::new(source)))?;
+        bus.add_virtio(Plugged { function, _io_loop: io_loop, serial: serial(spec).to_owned() })
+    }
+
     fn shared(&mut self) -> Result<LoopHandle> {
         let io_loop = match self.shared.take() {
             Some(io_loop) => io_loop,
@@ -29,36 +65,24 @@ impl IoLoops {
         };
         Ok(self.shared.insert(io_loop).handle())
     }
-
-    fn own(&mut self, name: &str) -> Result<LoopHandle> {
-        let io_loop = IoLoop::spawn(name).map_err(Error::system("start an I/O loop"))?;
-        let handle = io_loop.handle();
-        self.own.push(io_loop);
-        Ok(handle)
-    }
 }
 
-/// Builds each device of `specs` and puts it on `bus`, in order.
-pub(crate) fn attach(specs: &[DeviceSpec], slots: &mut Slots, vm: &Vm, bus: &mut PciBus) -> Result<IoLoops> {
-    let mut loops = IoLoops::default();
-    for (index, spec) in specs.iter().enumerate() {
-        let device = spec.build(slots).map_err(|source| Error::Device { index, source: Box::new(source) })?;
-        let name = device.kind().name;
-        let io_loop = if device.wants_own_loop() {
-            loops.own(&format!("io-{name}{index}"))?
-        } else {
-            loops.shared()?
-        };
-        // One vector per queue and one for configuration changes.
-        let vectors = u16::try_from(device.queues().len()).unwrap_or(u16::MAX).saturating_add(1);
-        let parts = Parts {
-            memory: Arc::clone(vm.memory()),
-            io_loop,
-            sink: Arc::new(KvmMsi::new(Arc::clone(vm.fd()), vectors)),
-        };
-        let function = VirtioPci::new(device, parts)
-            .map_err(|source| Error::Device { index, source: Box::new(source) })?;
-        bus.add_virtio(function)?;
+/// Ends `device`, which is off the bus: its I/O stops and its files are closed. False if it is not through with its
+/// last request within [`LEAVE_TIME`]; it then ends as soon as it is.
+pub(crate) fn end(device: Box<Plugged>) -> bool {
+    let (done, ended) = mpsc::channel::<()>();
+    let ending = std::thread::Builder::new().name("detach".to_owned()).spawn(move || {
+        drop(device);
+        drop(done);
+    });
+    // Without a thread the closure is gone already, and the device with it.
+    ending.is_err() || ended.recv_timeout(LEAVE_TIME) == Err(RecvTimeoutError::Disconnected)
+}
+
+/// By which the guest finds a disk; empty for anything else.
+pub(crate) fn serial(spec: &DeviceSpec) -> &str {
+    match spec {
+        DeviceSpec::Block(config) => &config.serial,
+        _ => "",
     }
-    Ok(loops)
 }

@@ -62,13 +62,16 @@ pub enum Error {
         source: io::Error,
     },
     /// A device could not be built.
-    #[error("cannot set up device {index} of the configuration")]
-    Device {
+    #[error(transparent)]
+    Device(Box<dyn std::error::Error + Send + Sync>),
+    /// A device of the configuration could not be attached.
+    #[error("cannot attach device {index} of the configuration")]
+    Configured {
         /// Its place in the configuration, from 0.
         index: usize,
         /// Why not.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Box<Error>,
     },
     /// The bus has no room for another function.
     #[error("the PCI bus is full: at most {0} functions")]

@@ -14,7 +14,7 @@ use crate::boot::{self, Entry, Images, Platform};
 use crate::bus::Bus;
 use crate::config::MachineConfig;
 use crate::cpuid::{self, Topology};
-use crate::devices::{self, IoLoops};
+use crate::devices::Attacher;
 use crate::doorbell::Doorbells;
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
@@ -32,12 +32,12 @@ use crate::vcpu::{self, Running, Vcpu};
 pub(crate) struct Machine {
     vcpus: Vec<Vcpu>,
     vm: Arc<Vm>,
+    /// Attaches devices; its I/O loop serves them for as long as the machine is there.
+    pub attacher: Attacher,
     /// What its CPUs see.
     pub bus: Arc<Bus>,
     /// Holds and ends them.
     pub gate: Arc<Gate>,
-    /// Serve the devices for as long as the machine is there.
-    _loops: IoLoops,
     /// Serial input, if there is any.
     pub serial_input: Option<File>,
 }
@@ -59,9 +59,13 @@ impl Machine {
         let vm = Arc::new(Vm::new(kvm, memory)?); // 3. a machine that has them
         stages.vm_ns = now();
 
-        let mut pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
+        let pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
         pci.add_bridge(HostBridge::new())?; // 4. devices
-        let loops = devices::attach(&config.devices, slots, &vm, &mut pci)?;
+        let mut attacher = Attacher::new(Arc::clone(&vm));
+        for (index, spec) in config.devices.iter().enumerate() {
+            let attached = attacher.attach(spec, slots, &pci);
+            attached.map_err(|source| Error::Configured { index, source: Box::new(source) })?;
+        }
         let (serial, serial_input) = serial(config, slots)?;
         let bus = Arc::new(Bus::new(pci, serial, Arc::clone(status), Arc::new(Counters::default())));
         stages.devices_ns = now();
@@ -78,7 +82,7 @@ impl Machine {
             })
             .collect();
         stages.vcpus_ns = now();
-        Ok(Self { vcpus, vm, bus, gate, serial_input, _loops: loops })
+        Ok(Self { vcpus, vm, attacher, bus, gate, serial_input })
     }
 
     /// Starts the virtual CPUs. The first one comes last, so that the others are there when it looks for them.

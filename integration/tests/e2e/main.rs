@@ -7,6 +7,7 @@ mod boot;
 mod containers;
 mod errors;
 mod files;
+mod hotplug;
 mod network;
 mod vsock;
 
@@ -39,7 +40,15 @@ fn run() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Emulated machines side by side only slow each other down.
     arguments.test_threads.get_or_insert(2);
-    let trials = [boot::TESTS, containers::TESTS, errors::TESTS, files::TESTS, network::TESTS, vsock::TESTS];
+    let trials = [
+        boot::TESTS,
+        containers::TESTS,
+        errors::TESTS,
+        files::TESTS,
+        hotplug::TESTS,
+        network::TESTS,
+        vsock::TESTS,
+    ];
     let trials = trials.concat().into_iter().map(|(name, test)| {
         Trial::test(name, move || {
             test();

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use mvm_devices::virtio::DeviceSpec;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
-pub use crate::net::{Net, TapNet};
+pub use crate::net::{Net, OpenTap, TapNet};
 
 /// A machine to be started.
 #[derive(Clone, Debug)]

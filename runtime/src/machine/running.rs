@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 
 use super::calls::Calls;
+use super::control::Control;
 use crate::agent::AgentClient;
 use crate::failure::{Context, Failure};
 
@@ -28,8 +29,8 @@ pub struct Console {
 /// A machine's process and everything that leads to it. Dropping it kills the machine.
 #[derive(Debug)]
 pub struct Machine {
-    id: MachineId,
     child: Child,
+    control: Control,
     spawned_ns: u64,
     stages: Option<Stages>,
     first_exit: Option<(u64, u64)>,
@@ -43,15 +44,15 @@ pub struct Machine {
 
 impl Machine {
     pub(super) fn new(
-        id: MachineId,
         child: Child,
         spawned_ns: u64,
         console: Option<Console>,
         calls: Option<Calls>,
+        control: Control,
     ) -> Self {
         Self {
-            id,
             child,
+            control,
             spawned_ns,
             stages: None,
             first_exit: None,
@@ -64,7 +65,12 @@ impl Machine {
 
     /// Its name.
     pub fn id(&self) -> &MachineId {
-        &self.id
+        self.control.id()
+    }
+
+    /// By which devices are attached and detached while it runs.
+    pub fn control(&self) -> &Control {
+        &self.control
     }
 
     /// Its process.
@@ -98,12 +104,12 @@ impl Machine {
     /// The machine could not start: what failed, as its process reports it.
     pub fn next_event(&mut self) -> Result<Option<Event>, Failure> {
         let Some(event) = self.child.events.next() else { return Ok(None) };
-        let event = event.context(|| format!("cannot understand machine {}", self.id))?;
+        let event = event.context(|| format!("cannot understand machine {}", self.id()))?;
         match &event {
             Event::Started { stages } => self.stages = Some(*stages),
             Event::FirstExit { run_ns, ns } => self.first_exit = Some((*run_ns, *ns)),
             Event::Error { message, because, help } => {
-                return Err(refused(&self.id, message, because, help.as_deref()));
+                return Err(refused(self.id(), message, because, help.as_deref()));
             }
             _ => {}
         }
@@ -120,7 +126,7 @@ impl Machine {
         while self.first_exit.is_none() {
             let left = end.saturating_duration_since(Instant::now());
             let there = self.child.events.wait(left);
-            let there = there.context(|| format!("cannot listen to machine {}", self.id))?;
+            let there = there.context(|| format!("cannot listen to machine {}", self.id()))?;
             if !there || self.next_event()?.is_none() {
                 break;
             }
@@ -143,7 +149,7 @@ impl Machine {
         match (last, ended) {
             (Some(exit), _) | (None, Ended::Exit(exit)) => Ok(exit),
             (None, ended) => {
-                Err(Failure::new(format!("machine {} ended abnormally: {}", self.id, describe(&ended)))
+                Err(Failure::new(format!("machine {} ended abnormally: {}", self.id(), describe(&ended)))
                     .help("run it again with -v; if it persists, report it with that output"))
             }
         }
@@ -166,10 +172,10 @@ impl Machine {
                 Ok(_) | Err(nix::errno::Errno::EINTR) if !left.is_zero() => {}
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {
                     self.kill()?;
-                    return Err(Failure::new(format!("machine {} did not end within {time:?}", self.id)));
+                    return Err(Failure::new(format!("machine {} did not end within {time:?}", self.id())));
                 }
                 Err(error) => {
-                    return Err(Failure::because(format!("cannot wait for machine {}", self.id), error));
+                    return Err(Failure::because(format!("cannot wait for machine {}", self.id()), error));
                 }
             }
         }
@@ -209,26 +215,26 @@ impl Machine {
                 self.called_ns = Some(mvm_vmm::status::now());
                 let left = end.saturating_duration_since(Instant::now());
                 AgentClient::connect(control, calls, identity, left)
-                    .context(|| format!("cannot talk to the agent of machine {}", self.id))
+                    .context(|| format!("cannot talk to the agent of machine {}", self.id()))
             }
             Ok(None) => {
                 let exit = self.wait()?;
-                Err(Failure::new(format!("machine {} ended before its agent was ready: {}", self.id, exit))
+                Err(Failure::new(format!("machine {} ended before its agent was ready: {}", self.id(), exit))
                     .help(help))
             }
             Err(error) if error.kind() == std::io::ErrorKind::TimedOut => Err(Failure::new(format!(
                 "the agent of machine {} did not call within {deadline:?}",
-                self.id
+                self.id()
             ))
             .help(help)),
             Err(error) => {
-                Err(Failure::because(format!("cannot answer the calls of machine {}", self.id), error))
+                Err(Failure::because(format!("cannot answer the calls of machine {}", self.id()), error))
             }
         }
     }
 
     fn reap(&mut self) -> Result<Ended, Failure> {
-        let ended = self.child.wait().context(|| format!("cannot wait for machine {}", self.id))?;
+        let ended = self.child.wait().context(|| format!("cannot wait for machine {}", self.id()))?;
         self.ended = true;
         Ok(ended)
     }
@@ -274,6 +280,7 @@ fn describe(ended: &Ended) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::unix::net::UnixStream;
     use std::path::Path;
 
     use mvm_devices::fd::FdSlot;
@@ -308,7 +315,9 @@ mod tests {
             passed.add(File::open("/dev/null").unwrap());
         }
         let launch = Launch { config, files: passed, stderr: None };
-        Machine::new(id, launch.spawn_program(Path::new(program)).unwrap(), 0, None, None)
+        let (near, _) = UnixStream::pair().unwrap();
+        let control = Control::new(id, near).unwrap();
+        Machine::new(launch.spawn_program(Path::new(program)).unwrap(), 0, None, None, control)
     }
 
     #[test]

@@ -4,15 +4,19 @@ use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::vsock::dialer::DialServer;
-use mvm_devices::virtio::{DeviceSpec, block, console, net, vsock};
+use mvm_devices::virtio::{DeviceSpec, console, vsock};
 use mvm_vmm::config::{Boot, MachineConfig, Serial};
 use mvm_vmm::launch::{Files, Launch};
 
 use super::calls::{Calls, VSOCK_SOCKET};
+use super::control::Control;
+use super::device::{disk_spec, open_disk, tap_spec};
 use super::plan::{ConsoleKind, Disk, Plan};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
@@ -28,6 +32,7 @@ pub struct Prepared {
     files: Files,
     console: Option<Console>,
     calls: Option<Calls>,
+    control: Control,
 }
 
 impl Prepared {
@@ -47,7 +52,7 @@ impl Prepared {
         let child = launch.spawn().context(|| format!("cannot start machine {id}")).map_err(|failure| {
             failure.help("build everything with `make build`, or name the program in MVM_VMM")
         })?;
-        Ok(Machine::new(id, child, spawned_ns, self.console, self.calls))
+        Ok(Machine::new(child, spawned_ns, self.console, self.calls, self.control))
     }
 }
 
@@ -76,10 +81,7 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
     let calls = if plan.vsock { Some(opening.vsock(plan.sockets.as_deref())?) } else { None };
     opening.devices.extend(plan.devices.iter().cloned());
     let cmdline = opening.console(plan)?;
-    let control = match &plan.sockets {
-        Some(dir) => Some(opening.files.add(listen(&dir.join(CONTROL_SOCKET))?)),
-        None => None,
-    };
+    let (control, near) = opening.control(plan.sockets.as_deref())?;
     let Opening { files, devices, console, serial } = opening;
     let cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
     let config = MachineConfig {
@@ -91,9 +93,11 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
         devices,
         serial,
         status: None,
-        control,
+        control: Some(control),
     };
-    Ok(Prepared { config, files, console, calls })
+    let control = Control::new(plan.id.clone(), near)
+        .context(|| "cannot set time-outs on the control connection".to_owned())?;
+    Ok(Prepared { config, files, console, calls, control })
 }
 
 struct Opening {
@@ -105,52 +109,36 @@ struct Opening {
 
 impl Opening {
     fn disk(&mut self, disk: &Disk) -> Result<(), Failure> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!disk.read_only)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK)
-            .open(&disk.path)
-            .context(|| format!("cannot open disk image {}", disk.path.display()))
-            .map_err(|failure| match failure.source_kind() {
-                Some(ErrorKind::PermissionDenied) if !disk.read_only => failure.help(format!(
-                    "make it writable, or attach it read-only: --disk {},ro",
-                    disk.path.display()
-                )),
-                _ => failure,
-            })?;
-        let slot = self.files.add(file);
-        self.devices.push(DeviceSpec::Block(block::Config {
-            disk: slot,
-            read_only: disk.read_only,
-            serial: disk.serial.clone(),
-            queues: 1,
-            cache: if disk.throwaway { block::Cache::Unsafe } else { block::Cache::Writeback },
-        }));
+        let slot = self.files.add(open_disk(disk)?);
+        self.devices.push(disk_spec(disk, slot));
         Ok(())
     }
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
-        let slot = self.files.add(open_tap(&tap.name)?);
         let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
-        self.devices.push(DeviceSpec::Net(net::Config {
-            tap: slot,
-            mac: Some(mac),
-            mtu: None,
-            only_own_mac: false,
-        }));
-        Ok(())
+        let file = Arc::new(open_tap(&tap.name)?);
+        self.open_tap(&OpenTap { file, mac, mtu: None })
     }
 
     fn open_tap(&mut self, tap: &OpenTap) -> Result<(), Failure> {
-        let file = tap.file.try_clone().context(|| "cannot pass a tap on to the machine".to_owned())?;
+        let file = tap.file.try_clone().context(|| "cannot copy the descriptor of a tap".to_owned())?;
         let slot = self.files.add(file);
-        self.devices.push(DeviceSpec::Net(net::Config {
-            tap: slot,
-            mac: Some(tap.mac),
-            mtu: tap.mtu,
-            only_own_mac: false,
-        }));
+        self.devices.push(tap_spec(tap, slot));
         Ok(())
+    }
+
+    /// The machine's end of the control connection goes into its files; the other is returned. With `sockets` the
+    /// machine listens there as well, and the connection is one of those it takes.
+    fn control(&mut self, sockets: Option<&Path>) -> Result<(FdSlot, UnixStream), Failure> {
+        let Some(dir) = sockets else {
+            let (near, far) = UnixStream::pair()
+                .context(|| "cannot make a socket pair to control the machine by".to_owned())?;
+            return Ok((self.files.add(far), near));
+        };
+        let path = dir.join(CONTROL_SOCKET);
+        let listener = listen(&path)?;
+        let near = UnixStream::connect(&path).context(|| format!("cannot connect to {}", path.display()))?;
+        Ok((self.files.add(listener), near))
     }
 
     fn vsock(&mut self, sockets: Option<&Path>) -> Result<Calls, Failure> {
@@ -218,7 +206,7 @@ fn listen(path: &Path) -> Result<UnixListener, Failure> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).context(failed)?;
     }
-    match std::os::unix::net::UnixStream::connect(path) {
+    match UnixStream::connect(path) {
         Ok(_) => return Err(Failure::new(format!("{} is in use by another machine", path.display()))),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).context(failed)?;

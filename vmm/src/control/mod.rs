@@ -1,14 +1,18 @@
 //! The control socket: one JSON object per line each way. A request gets one reply, in order.
 //!
-//! `{"command":"pause"}` is answered by `{"ok":{}}` or `{"error":"…"}`.
+//! `{"command":"pause"}` is answered by `{"ok":{}}` or `{"error":"…"}`. Files that a request names come with it
+//! (`SCM_RIGHTS`), no later than its last byte; the request names each by its place, from 0.
 
 pub(crate) mod server;
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use mvm_devices::virtio::DeviceSpec;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of a request, with its newline.
@@ -17,7 +21,7 @@ pub const MAX_REQUEST_BYTES: usize = 4096;
 const MAX_REPLY_BYTES: u64 = 64 * 1024;
 
 /// What can be asked of a machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// What the machine is and does.
@@ -35,6 +39,32 @@ pub enum Request {
     },
     /// Counters.
     Metrics,
+    /// Puts a further device on the PCI bus. The guest finds it when it looks again
+    /// (`echo 1 > /sys/bus/pci/rescan`).
+    Attach {
+        /// The device. Its slots are places in the request's files, from 0.
+        device: DeviceSpec,
+    },
+    /// Takes a device off the PCI bus and closes its files. The guest gives it up first
+    /// (`echo 1 > /sys/bus/pci/devices/…/remove`).
+    Detach {
+        /// Which.
+        device: DeviceName,
+        /// Even if the guest's driver uses it: as if it were pulled out. A Linux guest lives on, but waits for
+        /// ever once it resets that device, as it does to remove it or to shut down.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
+    },
+}
+
+/// By what a device on the bus is named.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum DeviceName {
+    /// Its number: the guest's PCI address is `0000:00:NN.0`, in hexadecimal.
+    Number(u8),
+    /// The serial number of a disk.
+    Serial(String),
 }
 
 /// The answer to a request.
@@ -57,6 +87,8 @@ pub enum Answer {
     Metrics(Metrics),
     /// To [`Request::Balloon`].
     Balloon(Balloon),
+    /// To [`Request::Attach`].
+    Attached(Attached),
     /// To everything else.
     Done {},
 }
@@ -91,7 +123,7 @@ pub enum MachineState {
 pub struct Metrics {
     /// Returns from the guest, by kind.
     pub exits: Exits,
-    /// Devices, in order of the configuration.
+    /// Devices, in order of their numbers; those a virtual CPU waits in are left out.
     pub devices: Vec<DeviceMetrics>,
     /// Bytes of serial output that were lost.
     pub serial_dropped: u64,
@@ -108,9 +140,18 @@ pub struct Balloon {
     pub actual_mib: u64,
 }
 
+/// Where an attached device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Its number: the guest's PCI address is `0000:00:NN.0`, in hexadecimal.
+    pub device: u8,
+}
+
 /// A device's counters.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeviceMetrics {
+    /// Its number on the bus.
+    pub device: u8,
     /// What it is, as in the configuration.
     pub name: String,
     /// Whether the guest's driver has it running.
@@ -159,9 +200,15 @@ impl Client {
 
     /// Sends a request and waits for its reply; a reply that is an error becomes one.
     pub fn call(&mut self, request: &Request) -> io::Result<Answer> {
+        self.call_with(request, &[])
+    }
+
+    /// As [`Client::call`], with the files the request names.
+    pub fn call_with(&mut self, request: &Request, files: &[BorrowedFd<'_>]) -> io::Result<Answer> {
         let mut line = serde_json::to_vec(request).map_err(io::Error::other)?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line)?;
+        let sent = self.send(&line, files)?;
+        self.stream.get_mut().write_all(line.get(sent..).unwrap_or_default())?;
         let mut reply = String::new();
         self.stream.by_ref().take(MAX_REPLY_BYTES).read_line(&mut reply)?;
         if reply.is_empty() {
@@ -170,6 +217,20 @@ impl Client {
         match serde_json::from_str(&reply).map_err(io::Error::other)? {
             Reply::Ok(answer) => Ok(answer),
             Reply::Error(text) => Err(io::Error::other(text)),
+        }
+    }
+
+    /// Sends the first bytes of `line`, and `files` with them.
+    fn send(&mut self, line: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let control = [ControlMessage::ScmRights(&numbers)];
+        let control = if numbers.is_empty() { &[][..] } else { &control[..] };
+        let (socket, line) = (self.stream.get_ref().as_raw_fd(), [IoSlice::new(line)]);
+        loop {
+            match sendmsg::<()>(socket, &line, control, MsgFlags::MSG_NOSIGNAL, None) {
+                Err(nix::Error::EINTR) => {}
+                sent => return Ok(sent?),
+            }
         }
     }
 }
@@ -188,10 +249,28 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_attached_as_configured_and_detached_by_number_or_serial() {
+        let text = r#"{"command":"attach","device":{"type":"block","disk":0,"serial":"data"}}"#;
+        let request: Request = serde_json::from_str(text).unwrap();
+        let Request::Attach { device: DeviceSpec::Block(block) } = request else { panic!("{request:?}") };
+        assert_eq!((block.disk.0, block.serial.as_str()), (0, "data"));
+        for (text, device, force) in [
+            (r#"{"command":"detach","device":7}"#, DeviceName::Number(7), false),
+            (r#"{"command":"detach","device":"7","force":true}"#, DeviceName::Serial("7".into()), true),
+        ] {
+            let request: Request = serde_json::from_str(text).unwrap();
+            assert_eq!(request, Request::Detach { device, force });
+            assert_eq!(serde_json::to_string(&request).unwrap(), text);
+        }
+    }
+
+    #[test]
     fn every_answer_survives_the_wire() {
         let info = Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
         let balloon = Answer::Balloon(Balloon { target_mib: 2, actual_mib: 1 });
-        for answer in [Answer::Info(info), Answer::Metrics(Metrics::default()), balloon, Answer::Done {}] {
+        let attached = Answer::Attached(Attached { device: 3 });
+        let metrics = Answer::Metrics(Metrics::default());
+        for answer in [Answer::Info(info), metrics, balloon, attached, Answer::Done {}] {
             let text = serde_json::to_string(&Reply::Ok(answer.clone())).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), Reply::Ok(answer));
         }

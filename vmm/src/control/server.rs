@@ -1,21 +1,25 @@
-//! The machine's side of the control socket: several clients, bounded in number and in bytes each.
+//! The machine's side of the control socket: several clients, bounded in number and in bytes and files each.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use mvm_devices::fd::{FdSlot, FdSource};
+use mvm_devices::sys::{MAX_FILES, receive_with_files};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 
 use super::{MAX_REQUEST_BYTES, Reply, Request};
 
 /// Most clients at a time; further ones are closed at once.
 const MAX_CLIENTS: usize = 8;
 
-/// Listens on the control socket, on the main thread's epoll.
+/// Serves clients on the main thread's epoll.
 #[derive(Debug)]
 pub(crate) struct Server {
-    listener: UnixListener,
+    /// Absent where the one client came connected.
+    listener: Option<UnixListener>,
     clients: BTreeMap<u64, Client>,
     first_token: u64,
     next_token: u64,
@@ -25,19 +29,51 @@ pub(crate) struct Server {
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
+    /// Files that came with the bytes of `input`.
+    files: Vec<OwnedFd>,
+}
+
+/// The files that came with a request, by their place in it from 0. Those nobody takes are closed.
+#[derive(Debug, Default)]
+pub(crate) struct Received(Vec<Option<OwnedFd>>);
+
+impl FdSource for Received {
+    fn take(&mut self, slot: FdSlot) -> io::Result<OwnedFd> {
+        let place = usize::try_from(slot.0).ok().and_then(|slot| self.0.get_mut(slot));
+        let taken = place.and_then(Option::take);
+        taken.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                "no such file came with the request, or it is named twice",
+            )
+        })
+    }
 }
 
 impl Server {
-    /// Serves `socket`, a listening UNIX socket. Events carry `token` for it and larger ones for clients.
+    /// Serves `socket`, a listening UNIX socket or a connected one. Events carry `token` for a listening one and
+    /// larger ones for clients.
     pub(crate) fn new(socket: OwnedFd, epoll: &Epoll, token: u64) -> io::Result<Self> {
-        let listener = UnixListener::from(socket);
-        listener.set_nonblocking(true)?;
-        epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))?;
-        Ok(Self { listener, clients: BTreeMap::new(), first_token: token, next_token: token + 1 })
+        let mut server =
+            Self { listener: None, clients: BTreeMap::new(), first_token: token, next_token: token + 1 };
+        if getsockopt(&socket, AcceptConn)? {
+            let listener = UnixListener::from(socket);
+            listener.set_nonblocking(true)?;
+            epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            server.listener = Some(listener);
+        } else {
+            server.add(UnixStream::from(socket), epoll)?;
+        }
+        Ok(server)
     }
 
-    /// Serves what is ready on `token`; requests go to `answer`.
-    pub(crate) fn ready(&mut self, token: u64, epoll: &Epoll, mut answer: impl FnMut(Request) -> Reply) {
+    /// Serves what is ready on `token`; requests go to `answer` with the files that came along.
+    pub(crate) fn ready(
+        &mut self,
+        token: u64,
+        epoll: &Epoll,
+        mut answer: impl FnMut(Request, Received) -> Reply,
+    ) {
         if token == self.first_token {
             self.accept(epoll);
         } else if let Some(client) = self.clients.get_mut(&token)
@@ -49,47 +85,57 @@ impl Server {
     }
 
     fn accept(&mut self, epoll: &Epoll) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if self.clients.len() >= MAX_CLIENTS || stream.set_nonblocking(true).is_err() {
-                continue;
-            }
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, self.next_token);
-            if epoll.add(stream.as_fd(), event).is_ok() {
-                self.clients.insert(self.next_token, Client { stream, input: Vec::new() });
-                self.next_token += 1;
-            }
+        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
+            // One that cannot be served is closed.
+            let _ = self.add(stream, epoll);
         }
+    }
+
+    fn add(&mut self, stream: UnixStream, epoll: &Epoll) -> io::Result<()> {
+        if self.clients.len() >= MAX_CLIENTS {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        stream.set_nonblocking(true)?;
+        epoll.add(stream.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, self.next_token))?;
+        self.clients.insert(self.next_token, Client { stream, input: Vec::new(), files: Vec::new() });
+        self.next_token += 1;
+        Ok(())
     }
 }
 
 impl Client {
     /// Reads what is there and answers each whole line. An error closes the client.
-    fn serve(&mut self, answer: &mut impl FnMut(Request) -> Reply) -> io::Result<()> {
+    fn serve(&mut self, answer: &mut impl FnMut(Request, Received) -> Reply) -> io::Result<()> {
         let mut chunk = [0; 1024];
         loop {
-            let read = match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => read,
+            let (read, files) = match receive_with_files(self.stream.as_fd(), &mut chunk, libc::MSG_DONTWAIT)
+            {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+                Err(error) => {
+                    let _ = self.send(&Reply::Error(format!("cannot read the request: {error}")));
+                    return Err(error);
+                }
             };
             self.input.extend(chunk.iter().take(read));
+            self.files.extend(files);
             while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.input.drain(..=end).collect();
                 self.reply(&line, answer)?;
             }
-            if self.input.len() >= MAX_REQUEST_BYTES {
-                let error = format!("a request has at most {MAX_REQUEST_BYTES} bytes");
+            if self.input.len() >= MAX_REQUEST_BYTES || self.files.len() > MAX_FILES {
+                let error = format!("a request has at most {MAX_REQUEST_BYTES} bytes and {MAX_FILES} files");
                 let _ = self.send(&Reply::Error(error));
                 return Err(io::ErrorKind::InvalidData.into());
             }
         }
     }
 
-    fn reply(&mut self, line: &[u8], answer: &mut impl FnMut(Request) -> Reply) -> io::Result<()> {
+    fn reply(&mut self, line: &[u8], answer: &mut impl FnMut(Request, Received) -> Reply) -> io::Result<()> {
+        let files = Received(self.files.drain(..).map(Some).collect());
         let reply = match serde_json::from_slice(line) {
-            Ok(request) => answer(request),
+            Ok(request) => answer(request, files),
             Err(error) => Reply::Error(format!("not a request: {error}")),
         };
         self.send(&reply)

@@ -2,7 +2,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use mvm_devices::io_loop::IoLoop;
+use mvm_devices::memory::Memory;
 use mvm_devices::pci::{Msi, MsiSink};
 use mvm_devices::transport::Parts;
 use mvm_devices::virtio::{DeviceSpec, Spec};
@@ -45,22 +45,29 @@ impl MsiSink for Deaf {
 struct Fixture {
     bus: PciBus,
     doorbells: Arc<Recorder>,
-    _io_loop: IoLoop,
+    memory: Arc<Memory>,
+    io_loop: IoLoop,
 }
 
 fn fixture() -> Fixture {
     let doorbells = Arc::new(Recorder::default());
     let sink: Arc<dyn Doorbells> = Arc::clone(&doorbells) as _;
-    let mut bus = PciBus::new(sink, Ecam::take_in_turn());
+    let bus = PciBus::new(sink, Ecam::take_in_turn());
     let io_loop = IoLoop::spawn("test").unwrap();
     let memory = Arc::new(memory::create(MemSize::try_from(4).unwrap()).unwrap());
     bus.add_bridge(HostBridge::new()).unwrap();
     for _ in 0..2 {
-        let spec: DeviceSpec = serde_json::from_str(r#"{"type":"rng"}"#).unwrap();
-        let parts = Parts { memory: Arc::clone(&memory), io_loop: io_loop.handle(), sink: Arc::new(Deaf) };
-        bus.add_virtio(VirtioPci::new(spec.build(&mut Slots::default()).unwrap(), parts).unwrap()).unwrap();
+        bus.add_virtio(rng(&memory, &io_loop)).unwrap();
     }
-    Fixture { bus, doorbells, _io_loop: io_loop }
+    Fixture { bus, doorbells, memory, io_loop }
+}
+
+/// A device of one queue.
+fn rng(memory: &Arc<Memory>, io_loop: &IoLoop) -> Plugged {
+    let spec: DeviceSpec = serde_json::from_str(r#"{"type":"rng"}"#).unwrap();
+    let parts = Parts { memory: Arc::clone(memory), io_loop: io_loop.handle(), sink: Arc::new(Deaf) };
+    let function = VirtioPci::new(spec.build(&mut Slots::default()).unwrap(), parts).unwrap();
+    Plugged { function, _io_loop: None, serial: String::new() }
 }
 
 fn register(device: u64, offset: u64) -> u64 {
@@ -147,11 +154,71 @@ fn two_bars_in_one_place_are_survived_and_told_apart_again() {
 
 #[test]
 fn a_full_bus_refuses_another_function() {
-    let mut fixture = fixture();
+    let fixture = fixture();
     for _ in 3..MAX_DEVICES {
         fixture.bus.add_bridge(HostBridge::new()).unwrap();
     }
     assert!(matches!(fixture.bus.add_bridge(HostBridge::new()), Err(Error::BusFull(32))));
+}
+
+#[test]
+fn a_function_that_leaves_frees_its_slot_its_addresses_and_its_doorbells() {
+    let fixture = fixture();
+    fixture.enable(1);
+    fixture.enable(2);
+    let (first, watched) = (u64::from(fixture.shown(1, BAR0)), fixture.watched());
+    assert!(fixture.bus.remove_virtio(1, false).is_ok());
+    assert_eq!((fixture.shown(1, 0), fixture.watched().len()), (u32::MAX, watched.len() - 1));
+    assert!(!fixture.bus.read(first, &mut [0]));
+    assert!(!fixture.bus.write(register(1, COMMAND), &MEMORY.to_le_bytes()));
+    assert_eq!(fixture.bus.remove_virtio(1, true).err(), Some(Stays::Absent));
+
+    let next = fixture.bus.add_virtio(rng(&fixture.memory, &fixture.io_loop)).unwrap();
+    assert_eq!((next, u64::from(fixture.shown(1, BAR0))), (1, first));
+    assert_eq!(fixture.shown(1, COMMAND.into()) & u32::from(MEMORY), 0, "decoding is off again");
+    fixture.enable(1);
+    assert_eq!(fixture.watched(), watched);
+}
+
+#[test]
+fn a_new_function_is_not_placed_where_another_was_moved_to() {
+    let fixture = fixture();
+    let first = fixture.shown(1, BAR0);
+    fixture.enable(2);
+    assert!(fixture.bus.remove_virtio(1, false).is_ok());
+    fixture.write(2, BAR0, first);
+    fixture.bus.add_virtio(rng(&fixture.memory, &fixture.io_loop)).unwrap();
+    assert_ne!(fixture.shown(1, BAR0), first);
+}
+
+#[test]
+fn a_function_whose_driver_runs_stays_unless_forced_and_the_bridge_stays() {
+    let fixture = fixture();
+    fixture.enable(1);
+    let status = u64::from(fixture.shown(1, BAR0)) + 0x14;
+    for bits in [1u8, 3, 11, 15] {
+        if bits == 11 {
+            let page = status - 0x14;
+            fixture.bus.write(page + 0x08, &1u32.to_le_bytes());
+            fixture.bus.write(page + 0x0c, &1u32.to_le_bytes());
+        }
+        assert!(fixture.bus.write(status, &[bits]));
+    }
+    assert_eq!(fixture.bus.remove_virtio(1, false).err(), Some(Stays::InUse));
+    assert!(fixture.bus.write(status, &[0]));
+    assert!(fixture.bus.remove_virtio(1, false).is_ok());
+    assert_eq!(fixture.bus.remove_virtio(0, true).err(), Some(Stays::Absent));
+}
+
+#[test]
+fn a_slot_that_a_virtual_cpu_holds_is_left_out_not_waited_for() {
+    let fixture = fixture();
+    let held = fixture.bus.slots[1].lock().unwrap();
+    let mut seen = Vec::new();
+    assert_eq!(fixture.bus.for_each_virtio(|number, _| seen.push(number)), 1);
+    assert_eq!(seen, [2]);
+    assert_eq!(fixture.bus.remove_virtio(1, true).err(), Some(Stays::Busy));
+    drop(held);
 }
 
 proptest! {

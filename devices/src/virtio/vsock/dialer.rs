@@ -169,11 +169,11 @@ fn send(
 /// One message: id, value, file. `None`: the other end is closed.
 fn receive(socket: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<Option<(u64, u32, Option<OwnedFd>)>> {
     let mut bytes = [0; MESSAGE_SIZE];
-    match sys::receive_with_file(socket, &mut bytes, flags)? {
+    match sys::receive_with_files(socket, &mut bytes, flags)? {
         (0, _) => Ok(None),
-        (MESSAGE_SIZE, file) => {
+        (MESSAGE_SIZE, files) => {
             let (id, value) = decode(bytes);
-            Ok(Some((id, value, file)))
+            Ok(Some((id, value, files.into_iter().next())))
         }
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "message of the wrong length")),
     }

@@ -1,0 +1,42 @@
+//! Disks and network interfaces as a machine takes them: an open file, and a configuration that names it.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt;
+
+use mvm_devices::fd::FdSlot;
+use mvm_devices::virtio::{DeviceSpec, block, net};
+
+use super::plan::{Disk, OpenTap};
+use crate::failure::{Context, Failure};
+
+/// Opens a disk's image.
+pub(super) fn open_disk(disk: &Disk) -> Result<File, Failure> {
+    OpenOptions::new()
+        .read(true)
+        .write(!disk.read_only)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK)
+        .open(&disk.path)
+        .context(|| format!("cannot open disk image {}", disk.path.display()))
+        .map_err(|failure| match failure.source_kind() {
+            Some(ErrorKind::PermissionDenied) if !disk.read_only => failure
+                .help(format!("make it writable, or attach it read-only: --disk {},ro", disk.path.display())),
+            _ => failure,
+        })
+}
+
+/// A disk whose image is in `slot`.
+pub(super) fn disk_spec(disk: &Disk, slot: FdSlot) -> DeviceSpec {
+    DeviceSpec::Block(block::Config {
+        disk: slot,
+        read_only: disk.read_only,
+        serial: disk.serial.clone(),
+        queues: 1,
+        cache: if disk.throwaway { block::Cache::Unsafe } else { block::Cache::Writeback },
+    })
+}
+
+/// A network interface whose tap is in `slot`.
+pub(super) fn tap_spec(tap: &OpenTap, slot: FdSlot) -> DeviceSpec {
+    DeviceSpec::Net(net::Config { tap: slot, mac: Some(tap.mac), mtu: tap.mtu, only_own_mac: false })
+}

@@ -1,0 +1,185 @@
+//! What can be asked of a running machine, done to it.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use mvm_devices::transport::VirtioPci;
+use mvm_devices::virtio::{DeviceSpec, balloon};
+
+use crate::config::MachineConfig;
+use crate::control::server::Received;
+use crate::control::{
+    Answer, Attached, Balloon, DeviceMetrics, DeviceName, Info, MachineState, Metrics, Reply, Request,
+};
+use crate::error::causes;
+use crate::exit::Exit;
+use crate::machine::Machine;
+use crate::vcpu::Running;
+use crate::{devices, log};
+
+/// How long virtual CPUs may take to be held.
+const PAUSE_TIME: Duration = Duration::from_secs(1);
+/// Memory a balloon leaves to its guest, in MiB.
+const LEAST_MIB: u64 = 32;
+
+/// The machine that requests are about.
+#[derive(Debug)]
+pub(super) struct Subject<'a> {
+    pub config: &'a MachineConfig,
+    pub machine: Machine,
+    pub vcpus: Vec<Running>,
+}
+
+impl Subject<'_> {
+    /// Does what `request` asks for; `files` came with it.
+    pub(super) fn answer(&mut self, request: &Request, files: Received) -> Reply {
+        match request {
+            Request::Info => Reply::Ok(Answer::Info(self.info())),
+            Request::Metrics => Reply::Ok(Answer::Metrics(self.metrics())),
+            Request::Pause => self.pause(),
+            Request::Resume => self.resume(),
+            Request::Stop => {
+                self.machine.gate.finish(Exit::Stopped);
+                Reply::Ok(Answer::Done {})
+            }
+            Request::Balloon { target_mib } => self.balloon(*target_mib),
+            Request::Attach { device } => self.attach(device, files),
+            Request::Detach { device, force } => self.detach(device, *force),
+        }
+    }
+
+    fn attach(&mut self, spec: &DeviceSpec, mut files: Received) -> Reply {
+        if self.disk(devices::serial(spec)).is_some() {
+            return Reply::Error("a disk of this serial number is attached already".to_owned());
+        }
+        match self.machine.attacher.attach(spec, &mut files, &self.machine.bus.pci) {
+            Ok(number) => match u8::try_from(number) {
+                Ok(device) => Reply::Ok(Answer::Attached(Attached { device })),
+                Err(error) => Reply::Error(error.to_string()),
+            },
+            Err(error) => {
+                let because = causes(&error).into_iter().map(|cause| format!(": {cause}"));
+                Reply::Error(format!("{error}{}", because.collect::<String>()))
+            }
+        }
+    }
+
+    fn detach(&self, name: &DeviceName, force: bool) -> Reply {
+        let number = match name {
+            DeviceName::Number(number) => Some(usize::from(*number)),
+            DeviceName::Serial(serial) => self.disk(serial),
+        };
+        let Some(number) = number else {
+            return Reply::Error("there is no disk of this serial number".into());
+        };
+        let device = match self.machine.bus.pci.remove_virtio(number, force) {
+            Ok(device) => device,
+            Err(why) => return Reply::Error(format!("cannot detach device {number}: {why}")),
+        };
+        if devices::end(device) {
+            return Reply::Ok(Answer::Done {});
+        }
+        let open =
+            "the device is off the bus, but its last request is not completed; its files are closed then";
+        Reply::Error(open.to_owned())
+    }
+
+    /// The number of the disk with this serial number.
+    fn disk(&self, serial: &str) -> Option<usize> {
+        let mut found = None;
+        self.machine.bus.pci.for_each_virtio(|number, device| {
+            if !serial.is_empty() && device.serial == serial {
+                found = Some(number);
+            }
+        });
+        found
+    }
+
+    /// Sets the balloon's target and tells the driver; a guest keeps [`LEAST_MIB`] to live on.
+    fn balloon(&self, target_mib: u64) -> Reply {
+        let target_mib = target_mib.min(self.config.memory.mib().saturating_sub(LEAST_MIB));
+        let pages_per_mib = (1 << 20) / balloon::PAGE_SIZE;
+        let mut reply = Reply::Error("this machine has no balloon".to_owned());
+        self.machine.bus.pci.for_each_virtio(|_, device| {
+            let device = &device.function;
+            if let (balloon::KIND, Some(space)) = (device.kind(), device.config_space()) {
+                let pages = u32::try_from(target_mib * pages_per_mib).unwrap_or(u32::MAX);
+                balloon::set_target(space, pages);
+                let actual_mib = u64::from(balloon::actual(space)) / pages_per_mib;
+                device.notify_config_changed();
+                reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
+            }
+        });
+        reply
+    }
+
+    /// Holds the CPUs, then the devices: from then on nothing touches guest memory.
+    fn pause(&self) -> Reply {
+        let kick = || self.vcpus.iter().for_each(Running::kick);
+        if !self.machine.gate.pause(self.vcpus.len(), Instant::now() + PAUSE_TIME, kick) {
+            return Reply::Error("the virtual CPUs did not come to a halt in time; they will".to_owned());
+        }
+        self.each_device("hold", VirtioPci::pause)
+    }
+
+    fn resume(&self) -> Reply {
+        let reply = self.each_device("let go on", VirtioPci::resume);
+        self.machine.gate.resume();
+        reply
+    }
+
+    fn each_device<E: std::error::Error>(
+        &self,
+        what: &str,
+        action: impl Fn(&mut VirtioPci) -> Result<(), E>,
+    ) -> Reply {
+        let mut reply = Reply::Ok(Answer::Done {});
+        self.machine.bus.pci.for_each_virtio(|_, device| {
+            if let Err(error) = action(&mut device.function) {
+                reply = Reply::Error(format!("cannot {what} {}: {error}", device.function.kind().name));
+            }
+        });
+        reply
+    }
+
+    fn info(&self) -> Info {
+        Info {
+            id: self.config.id.as_str().to_owned(),
+            pid: std::process::id(),
+            state: if self.machine.gate.is_paused() { MachineState::Paused } else { MachineState::Running },
+            cpus: self.config.cpus.get(),
+            memory_mib: self.config.memory.mib(),
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        let bus = &self.machine.bus;
+        let dropped =
+            bus.serial.as_ref().map(|serial| serial.lock().unwrap_or_else(PoisonError::into_inner).dropped());
+        Metrics {
+            exits: bus.counters.exits(),
+            devices: self.devices(),
+            serial_dropped: dropped.unwrap_or(0),
+            log_suppressed: log::suppressed(),
+        }
+    }
+
+    fn devices(&self) -> Vec<DeviceMetrics> {
+        let mut devices = Vec::new();
+        self.machine.bus.pci.for_each_virtio(|number, device| {
+            let device = &device.function;
+            devices.push(DeviceMetrics {
+                device: u8::try_from(number).unwrap_or(u8::MAX),
+                name: device.kind().name.to_owned(),
+                driver_ready: device.driver_ready(),
+                needs_reset: device.needs_reset(),
+                counts: device
+                    .counters()
+                    .iter()
+                    .map(|count| (count.name().to_owned(), count.get()))
+                    .collect(),
+            });
+        });
+        devices
+    }
+}

@@ -13,3 +13,4 @@ pub mod owner;
 pub mod rootfs;
 pub mod sandbox;
 pub mod state;
+pub mod spec;

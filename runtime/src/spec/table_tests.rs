@@ -1,0 +1,1 @@
+//! The table of the documentation, fed to this module row by row.

@@ -1,7 +1,7 @@
 //! A machine that runs: what it tells, what its agent is reached by, how it ends.
 
 use std::io::{PipeReader, PipeWriter};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use mvm_protocol::Identity;
@@ -192,6 +192,11 @@ impl Machine {
             self.reap()?;
         }
         Ok(())
+    }
+
+    /// Readable once the machine's process has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.child.pidfd.as_fd()
     }
 
     /// Asks the machine's process to end the machine in order.

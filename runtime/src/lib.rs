@@ -12,5 +12,5 @@ pub mod net;
 pub mod owner;
 pub mod rootfs;
 pub mod sandbox;
-pub mod state;
 pub mod spec;
+pub mod state;

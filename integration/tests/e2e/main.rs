@@ -9,6 +9,7 @@ mod errors;
 mod files;
 mod hotplug;
 mod network;
+mod sandbox;
 mod vsock;
 
 use std::ffi::OsString;
@@ -47,6 +48,7 @@ fn run() -> ExitCode {
         files::TESTS,
         hotplug::TESTS,
         network::TESTS,
+        sandbox::TESTS,
         vsock::TESTS,
     ];
     let trials = trials.concat().into_iter().map(|(name, test)| {

@@ -6,6 +6,7 @@ mod spec;
 mod timeline;
 
 pub use cost::Cost;
+pub(crate) use process::start_failure;
 pub use process::{NotRunnable, Overrides};
 pub use spec::{CapName, Volume, Wishes, spec};
 pub use timeline::Timeline;

@@ -85,7 +85,7 @@ impl Overrides {
 }
 
 /// What a failed start means to whoever asked for it.
-pub(super) fn start_failure(program: &str, error: AgentError) -> Failure {
+pub(crate) fn start_failure(program: &str, error: AgentError) -> Failure {
     let what = format!("cannot run {program} in the container");
     if let (Some(exit_code), AgentError::Refused { errno, .. }) = (error.exec_exit_code(), &error) {
         let message = std::io::Error::from_raw_os_error(*errno).to_string();

@@ -4,6 +4,17 @@
 //! becomes a disk, a file in the guest, a message to the agent or a refusal is decided behind [`Sandbox`]. Every
 //! call blocks and may be made from any thread; engines that must not block call from threads of their own.
 
+mod calls;
+mod files;
+mod launcher;
+mod machine;
+mod member;
+mod shares;
+mod stage;
+mod volumes;
+
+pub use launcher::MachineLauncher;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 

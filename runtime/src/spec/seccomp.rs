@@ -59,6 +59,9 @@ pub struct Profile {
 /// must all hold; a rule without any always does.
 type Runs = Vec<(SeccompAction, Vec<Vec<SeccompCondition>>)>;
 
+/// System calls whose rules have one action, with those rules.
+type Pass = (SeccompAction, BTreeMap<i64, Vec<Vec<SeccompCondition>>>);
+
 /// Compiles a profile.
 ///
 /// # Errors
@@ -174,9 +177,9 @@ fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition> {
 }
 
 /// The n-th runs of all system calls, by action, for each n.
-fn passes(rules: &BTreeMap<i64, Runs>) -> Vec<(SeccompAction, BTreeMap<i64, Vec<Vec<SeccompCondition>>>)> {
+fn passes(rules: &BTreeMap<i64, Runs>) -> Vec<Pass> {
     let depth = rules.values().map(Vec::len).max().unwrap_or(0);
-    let mut passes = Vec::new();
+    let mut passes: Vec<Pass> = Vec::new();
     for level in 0..depth {
         let begin = passes.len();
         for (number, runs) in rules {

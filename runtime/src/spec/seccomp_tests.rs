@@ -26,7 +26,7 @@ fn load(call: &Call, at: u32) -> u32 {
         4 => call.arch,
         16.. => {
             let arg = call.args[usize::try_from((at - 16) / 8).unwrap()];
-            u32::try_from(if at % 8 == 0 { arg & 0xffff_ffff } else { arg >> 32 }).unwrap()
+            u32::try_from(if at.is_multiple_of(8) { arg & 0xffff_ffff } else { arg >> 32 }).unwrap()
         }
         _ => panic!("{at}"),
     }

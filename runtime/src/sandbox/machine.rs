@@ -1,0 +1,152 @@
+//! A sandbox that is a machine: planned, booted, given containers, ended.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mvm_protocol::{Configure, Identity, ShutdownMode};
+use mvm_vmm::config::MachineId;
+
+use super::SandboxRequest;
+use super::launcher::MachineLauncher;
+use super::member::Member;
+use super::shares::Shares;
+use super::stage::{Live, Stages};
+use crate::container::CMDLINE;
+use crate::failure::{Context, Failure};
+use crate::guest::GuestFiles;
+use crate::machine::{Disk, Plan, prepare};
+use crate::net::Netns;
+use crate::spec::{Settings, Size, size};
+
+/// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
+const AGENT_TIME: Duration = Duration::from_secs(60);
+/// Time processes get between being asked to end and being killed.
+const GRACE: Duration = Duration::from_secs(10);
+/// Time a guest gets after that to write its disks back and power off.
+const END_TIME: Duration = Duration::from_secs(60);
+/// Log of the machine's process, in its sandbox's directory.
+const LOG: &str = "machine.log";
+
+/// A sandbox that is a machine.
+#[derive(Debug)]
+pub(super) struct MachineSandbox {
+    pub(super) id: MachineId,
+    pub(super) state: PathBuf,
+    pub(super) directory: PathBuf,
+    pub(super) settings: Settings,
+    pub(super) size: Size,
+    netns: Netns,
+    hostname: Option<String>,
+    pub(super) stages: Arc<Stages>,
+    /// Held while a container is made or removed: its disks and shares are one change.
+    changing: Mutex<Shares>,
+    members: Mutex<BTreeMap<String, Member>>,
+}
+
+impl MachineSandbox {
+    /// Plans a machine; nothing is made on the host but a network name space that ends with it.
+    pub(super) fn new(launcher: &MachineLauncher, request: &SandboxRequest) -> Result<Self, Failure> {
+        let allowed: Vec<_> = launcher.allowed_annotations.iter().map(String::as_str).collect();
+        let settings = Settings::of(request.spec.annotations().as_ref(), &allowed)?;
+        Ok(Self {
+            id: request.id.clone(),
+            state: launcher.state.clone(),
+            directory: request.directory.clone(),
+            settings,
+            size: size(&request.spec, &settings, launcher.host),
+            netns: Netns::of(&request.spec)?,
+            hostname: request.spec.hostname().clone(),
+            stages: Stages::new(),
+            changing: Mutex::new(Shares::default()),
+            members: Mutex::default(),
+        })
+    }
+
+    /// What containers share; locking it keeps others from making or removing any.
+    pub(super) fn changing(&self) -> MutexGuard<'_, Shares> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The containers; locked for look-ups only.
+    pub(super) fn members(&self) -> MutexGuard<'_, BTreeMap<String, Member>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the machine with these disks; returns when its agent is ready.
+    pub(super) fn start_machine(&self, disks: Vec<Disk>) -> Result<Arc<Live>, Failure> {
+        let guest = GuestFiles::find()?;
+        let initrd = guest.initrd(&self.state.join("guest"))?;
+        let plan = Plan {
+            id: self.id.clone(),
+            cpus: self.size.cpus,
+            memory: self.size.memory,
+            kernel: guest.kernel,
+            initrd: Some(initrd),
+            cmdline: CMDLINE.to_owned(),
+            disks,
+            nets: Vec::new(),
+            console: None,
+            vsock: true,
+            devices: Vec::new(),
+            sockets: None,
+        };
+        let prepared = prepare(&plan)?;
+        let log = self.log()?;
+        // Whoever looks for the container's network looks where its process is.
+        let mut machine = self.netns.run(move || prepared.start(Some(log)))??;
+        let agent = machine.agent(self.identity(), AGENT_TIME)?;
+        let place = Configure { hostname: Some(self.hostname()), ..Default::default() };
+        agent.configure(place).context(|| "cannot configure the guest".to_owned())?;
+        self.stages.start(machine, agent)
+    }
+
+    fn log(&self) -> Result<OwnedFd, Failure> {
+        let path = self.directory.join(LOG);
+        let file = File::options().create(true).append(true).open(&path);
+        Ok(file.context(|| format!("cannot write {}", path.display()))?.into())
+    }
+
+    fn hostname(&self) -> String {
+        self.hostname.clone().unwrap_or_else(|| self.id.to_string())
+    }
+
+    fn identity(&self) -> Identity {
+        let mut entropy = [0; 32];
+        // Without it the guest still has its CPU's and its kernel's own randomness.
+        let _ = mvm_devices::sys::random(&mut entropy);
+        let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let wall_clock_ns = u64::try_from(wall.as_nanos()).unwrap_or(0);
+        Identity { hostname: self.hostname(), wall_clock_ns, entropy }
+    }
+
+    /// Ends the machine, in order if it has disks whose content is kept.
+    pub(super) fn end_machine(&self) -> Result<(), Failure> {
+        self.stages.abandon("it was never started");
+        let Some(live) = self.stages.live() else { return Ok(()) };
+        let keeps = self.members().values().any(Member::keeps_writes);
+        let in_order = keeps
+            && live.agent.shut_down(ShutdownMode::PowerOff, GRACE).is_ok()
+            && self.stages.wait_at_most(GRACE + END_TIME);
+        if !in_order {
+            live.machine().kill()?;
+        }
+        self.stages.wait();
+        Ok(())
+    }
+
+    /// Removes what the sandbox has on the host.
+    pub(super) fn clean_up(&self) -> Result<(), Failure> {
+        self.changing().clear();
+        self.members().clear();
+        match fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Failure::because(format!("cannot remove {}", self.directory.display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+}

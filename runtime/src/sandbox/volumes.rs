@@ -1,0 +1,266 @@
+//! Mounts that show something of the host's: each is brought into the guest by the way that suits it, or refused.
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use mvm_protocol::{ContainerMount, ContainerSource, Lower};
+use sha2::{Digest, Sha256};
+
+use super::RootfsMount;
+use super::files::{MAX_BYTES, NotCopied, Tree};
+use super::shares::{Content, Shares};
+use crate::failure::{Context, Failure};
+use crate::machine::Disk;
+use crate::rootfs::{self, Prepared, Upper};
+use crate::spec::{HostMount, MountPart, Refused};
+
+/// Part of the paths of volumes that a kubelet makes empty for a pod.
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+/// Size of a pod's `/dev/shm` in bytes, as engines make it.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// What a container brought into the guest.
+#[derive(Debug, Default)]
+pub(super) struct Volumes {
+    /// All its mounts, in order.
+    pub(super) mounts: Vec<ContainerMount>,
+    /// Disks for some of them.
+    pub(super) disks: Vec<Disk>,
+    /// Names of shares they show.
+    pub(super) shared: Vec<String>,
+    /// Images in use.
+    images: Vec<Prepared>,
+}
+
+/// Brings the mounts of container `id`. Nothing is taken of `shares` if that fails.
+pub(super) fn bring(
+    id: &str,
+    parts: Vec<MountPart>,
+    state: &Path,
+    shares: &mut Shares,
+) -> Result<Volumes, Failure> {
+    let mut bringing = Bringing { id, state, shares, volumes: Volumes::default() };
+    for part in parts {
+        let brought = match part {
+            MountPart::Guest(mount) => Ok(mount),
+            MountPart::Host(mount) => bringing.host(&mount).map(|source| mount.from(source)),
+        };
+        match brought {
+            Ok(mount) => bringing.volumes.mounts.push(mount),
+            Err(failure) => {
+                bringing.shares.forget(&bringing.volumes.shared);
+                return Err(failure);
+            }
+        }
+    }
+    Ok(bringing.volumes)
+}
+
+struct Bringing<'a> {
+    id: &'a str,
+    state: &'a Path,
+    shares: &'a mut Shares,
+    volumes: Volumes,
+}
+
+impl Bringing<'_> {
+    fn host(&mut self, mount: &HostMount) -> Result<ContainerSource, Failure> {
+        let facts = fs::metadata(&mount.source)
+            .context(|| format!("cannot mount {} at {}", mount.source.display(), mount.target))?;
+        let kind = facts.file_type();
+        if let Some(filesystem) = mount.filesystem {
+            if !kind.is_file() && !kind.is_block_device() {
+                return Err(refuse(mount, "is neither a disk nor an image of one"));
+            }
+            let serial = self.serial();
+            self.volumes.disks.push(Disk {
+                path: mount.source.clone(),
+                read_only: mount.read_only(),
+                serial: serial.clone(),
+                throwaway: false,
+            });
+            return Ok(ContainerSource::Disk { serial, filesystem });
+        }
+        if kind.is_dir() {
+            return self.directory(mount, &facts);
+        }
+        if !kind.is_file() {
+            let why = match kind.is_block_device() {
+                true => "is a disk: mount the file system on it, with the mount's type ext4 or erofs",
+                false => "is a socket, pipe or device of the host, which the guest cannot open",
+            };
+            return Err(refuse(mount, why));
+        }
+        self.copy(mount)?.ok_or_else(|| {
+            let why =
+                format!("is a file of more than {MAX_BYTES} bytes; those are not copied into the guest");
+            refuse(mount, &why)
+        })
+    }
+
+    fn directory(&mut self, mount: &HostMount, facts: &Metadata) -> Result<ContainerSource, Failure> {
+        let path = mount.source.to_string_lossy();
+        let shm = mount.target == "/dev/shm";
+        if shm || path.split('/').any(|part| part == EMPTY_DIR) {
+            let size = if shm { SHM_BYTES } else { 0 };
+            let (mode, uid, gid) = (facts.mode() & 0o7777, facts.uid(), facts.gid());
+            return self.share(mount, || Ok(Content::Memory { size, mode, uid, gid }));
+        }
+        if !mount.read_only() {
+            return Err(refuse(
+                mount,
+                "is a directory of the host that the container may write to, and host and guest share no files: \
+                 mount it read-only, or use an empty volume or a disk",
+            ));
+        }
+        match self.copy(mount)? {
+            Some(source) => Ok(source),
+            None => self.image(mount),
+        }
+    }
+
+    /// Copies files; `None` if they are too many or too large.
+    fn copy(&mut self, mount: &HostMount) -> Result<Option<ContainerSource>, Failure> {
+        match Tree::read(&mount.source) {
+            Ok(tree) => self.share(mount, || Ok(Content::Copied(tree))).map(Some),
+            Err(NotCopied::TooLarge | NotCopied::Odd(_)) => Ok(None),
+            Err(error) => Err(Failure::because(format!("cannot read {}", mount.source.display()), error)),
+        }
+    }
+
+    fn share(
+        &mut self,
+        mount: &HostMount,
+        content: impl FnOnce() -> Result<Content, Failure>,
+    ) -> Result<ContainerSource, Failure> {
+        let name = self.shares.take(&mount.source, content)?;
+        self.volumes.shared.push(name.clone());
+        Ok(ContainerSource::Shared(name))
+    }
+
+    /// A read-only image of a directory, as it is now.
+    fn image(&mut self, mount: &HostMount) -> Result<ContainerSource, Failure> {
+        let request = rootfs::Request {
+            container: &format!("{}:{}", self.id, mount.target),
+            mounts: &[RootfsMount {
+                kind: "bind".to_owned(),
+                source: mount.source.to_string_lossy().into_owned(),
+                target: String::new(),
+                options: vec!["rbind".to_owned(), "ro".to_owned()],
+            }],
+            root: None,
+            upper: Upper::Nowhere,
+            directory: self.state,
+            layer_disks: 1,
+        };
+        let failed = || format!("cannot make an image of {}", mount.source.display());
+        let image = rootfs::prepare(&request, self.state, &mut ()).context(failed)?;
+        let [Lower::Disk { serial, filesystem }] = image.lower.as_slice() else {
+            return Err(Failure::new(failed()));
+        };
+        let source = ContainerSource::Disk { serial: serial.clone(), filesystem: *filesystem };
+        self.volumes.disks.extend(image.disks.iter().cloned());
+        self.volumes.images.push(image);
+        Ok(source)
+    }
+
+    /// A serial that no other disk of the machine has.
+    fn serial(&self) -> String {
+        let digest = Sha256::digest(self.id.as_bytes());
+        let id: String = digest.iter().take(7).map(|byte| format!("{byte:02x}")).collect();
+        format!("{id}-v{}", self.volumes.disks.len())
+    }
+}
+
+fn refuse(mount: &HostMount, why: &str) -> Failure {
+    Refused::new("mounts", format!("{} at {} {why}", mount.source.display(), mount.target)).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use mvm_protocol::DiskFilesystem;
+
+    use super::*;
+
+    fn mount(source: PathBuf, target: &str, read_only: bool) -> HostMount {
+        let flags = if read_only { libc::MS_RDONLY } else { 0 };
+        HostMount {
+            source,
+            filesystem: None,
+            target: target.into(),
+            flags,
+            propagation: 0,
+            data: String::new(),
+        }
+    }
+
+    fn bring_one(mount: HostMount, shares: &mut Shares) -> Result<Volumes, Failure> {
+        bring("c1", vec![MountPart::Host(mount)], Path::new("/nowhere"), shares)
+    }
+
+    #[test]
+    fn a_small_file_is_copied_whether_it_may_be_written_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = dir.path().join("hosts");
+        fs::write(&hosts, "127.0.0.1 localhost\n").unwrap();
+        let mut shares = Shares::default();
+        for read_only in [false, true] {
+            let volumes = bring_one(mount(hosts.clone(), "/etc/hosts", read_only), &mut shares).unwrap();
+            let [mounted] = volumes.mounts.as_slice() else { panic!("{:?}", volumes.mounts) };
+            assert_eq!(mounted.source, ContainerSource::Shared(volumes.shared[0].clone()));
+            assert_eq!(mounted.target, "/etc/hosts");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_may_be_written_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let failure =
+            bring_one(mount(dir.path().into(), "/data", false), &mut Shares::default()).unwrap_err();
+        let report = failure.report();
+        assert!(report.contains("/data") && report.contains("mount it read-only"), "{report}");
+    }
+
+    #[test]
+    fn a_pods_shared_memory_and_empty_volumes_are_memory_of_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let empty = dir.path().join("volumes").join(EMPTY_DIR).join("cache");
+        fs::create_dir_all(&empty).unwrap();
+        let mut shares = Shares::default();
+        let shm = bring_one(mount(dir.path().into(), "/dev/shm", false), &mut shares).unwrap();
+        let cache = bring_one(mount(empty, "/cache", false), &mut shares).unwrap();
+        assert_ne!(shm.shared, cache.shared);
+        assert!(shm.disks.is_empty() && cache.disks.is_empty());
+    }
+
+    #[test]
+    fn a_disk_with_a_file_system_becomes_a_disk_of_the_machine() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let wanted = HostMount {
+            filesystem: Some(DiskFilesystem::Ext4),
+            ..mount(image.path().into(), "/data", false)
+        };
+        let volumes = bring_one(wanted, &mut Shares::default()).unwrap();
+        let [disk] = volumes.disks.as_slice() else { panic!("{:?}", volumes.disks) };
+        assert!(disk.serial.len() <= 20 && !disk.read_only);
+        let source = ContainerSource::Disk { serial: disk.serial.clone(), filesystem: DiskFilesystem::Ext4 };
+        assert_eq!(volumes.mounts[0].source, source);
+    }
+
+    #[test]
+    fn what_cannot_be_brought_leaves_no_share_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let mut shares = Shares::default();
+        let parts = [(file, "/f"), (socket, "/s")].map(|(path, at)| MountPart::Host(mount(path, at, true)));
+        let failure = bring("c1", parts.to_vec(), Path::new("/nowhere"), &mut shares).unwrap_err();
+        assert!(failure.report().contains("socket"), "{}", failure.report());
+        assert!(shares.is_empty());
+    }
+}

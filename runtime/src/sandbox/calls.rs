@@ -1,6 +1,6 @@
 //! What an engine asks of a sandbox, passed on to the machine and its agent.
 
-use mvm_protocol::{ExitStatus, FailureKind, RootStats, SignalTarget, WindowSize};
+use mvm_protocol::{ExitStatus, FailureKind, Get, Got, Place, Put, RootStats, SignalTarget, WindowSize};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 
 use super::machine::MachineSandbox;
@@ -16,6 +16,14 @@ impl MachineSandbox {
         let members = self.members();
         let member = members.get(container);
         member.map(|member| member.root.clone()).ok_or_else(|| no_container(container))
+    }
+
+    /// A place that is a container is called by its name in the guest from here on.
+    fn name_in_guest(&self, place: &mut Place) -> Result<(), Failure> {
+        if let Place::Root(container) = place {
+            *container = self.root_of(container)?;
+        }
+        Ok(())
     }
 
     fn freeze(&self, container: &str, frozen: bool) -> Result<(), Failure> {
@@ -116,6 +124,17 @@ impl Sandbox for MachineSandbox {
         live.agent
             .update(&root, limits)
             .context(|| format!("cannot change the limits of container {container}"))
+    }
+
+    fn put(&self, mut put: Put) -> Result<(), Failure> {
+        self.name_in_guest(&mut put.place)?;
+        self.stages.running()?.agent.put(put).context(|| "cannot put files into the guest".to_owned())
+    }
+
+    fn get(&self, mut get: Get) -> Result<Got, Failure> {
+        self.name_in_guest(&mut get.place)?;
+        let what = format!("cannot read /{} of the container", get.path);
+        self.stages.running()?.agent.get(get).context(|| what)
     }
 
     fn memory_kills(&self, container: &str) -> u64 {

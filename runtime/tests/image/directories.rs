@@ -105,7 +105,8 @@ fn an_overlay_is_merged_as_the_kernel_merges_it() {
     let judged = command.args(["-m", "sh", "-c", make]).current_dir(dir.path()).output().unwrap();
     assert!(judged.status.success(), "{judged:?}");
     let lower = ["top", "middle", "bottom"].map(|name| dir.path().join(name));
-    let (_, seen) = build(dir.path(), &Source::overlay(lower.to_vec(), Stability::Changing).unwrap()).unwrap();
+    let (_, seen) =
+        build(dir.path(), &Source::overlay(lower.to_vec(), Stability::Changing).unwrap()).unwrap();
     let expected =
         ["", "d", "d/kept", "d/sub", "d/sub/x", "new", "new/second", "opaque", "opaque/fresh", "was-dir"];
     assert_eq!(paths(&seen), expected);

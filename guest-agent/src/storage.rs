@@ -123,7 +123,7 @@ impl Storage {
         let [target, upper_target] = self.own_targets(id);
         let upper = match writable {
             Writable::Whole { serial } => {
-                let disk = self.disk(kernel, serial, DiskFilesystem::Ext4, MsFlags::empty())?;
+                let disk = self.disk(kernel, id, (serial, DiskFilesystem::Ext4), MsFlags::empty())?;
                 self.mount(kernel, &bind_call(&disk, &target)?)?;
                 return Ok(target);
             }

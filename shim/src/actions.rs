@@ -1,0 +1,74 @@
+//! The short answers: `delete`, `-info` and `-v`.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+use std::{fs, thread};
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use mvm_runtime::failure::{Context, Failure};
+use nix::mount::{MntFlags, umount2};
+
+use crate::bundle::Record;
+use crate::events::timestamp;
+use crate::flags::Flags;
+use crate::{RUNTIME, address, bundle};
+
+/// What containerd (2.2 and later) may leave to the runtime instead of mounting it itself.
+const ALLOWED_MOUNTS: &str = "mkdir/*,format/*,erofs";
+/// What a task ends with that its shim did not see end: killed.
+const KILLED: u32 = 137;
+/// Longest wait for a killed machine to be gone.
+const DYING: Duration = Duration::from_secs(5);
+
+/// Removes what is left of a task whose daemon is gone; nothing that is missing is an error.
+pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Failure> {
+    let bundle = if flags.bundle.is_empty() { PathBuf::from(".") } else { PathBuf::from(&flags.bundle) };
+    if let Some(record) = Record::read(&bundle) {
+        end_machine(&record);
+        address::remove_stale(&record.socket);
+    }
+    // Only a fallback mounts a container's root here; then it must not outlive the container.
+    let _ = umount2(&bundle.join("rootfs"), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    let response = DeleteResponse {
+        exit_status: KILLED,
+        exited_at: MessageField::some(timestamp(SystemTime::now())),
+        ..Default::default()
+    };
+    response.write_to_bytes().context(|| "cannot encode the answer".to_owned())
+}
+
+fn end_machine(record: &Record) {
+    if let Some(machine) = record.machine {
+        machine.kill();
+        let deadline = Instant::now() + DYING;
+        // It is no child of this process: nothing but looking tells when it is gone.
+        while machine.runs() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    if record.directory.starts_with(bundle::MACHINES) {
+        remove_directory(&record.directory);
+    }
+}
+
+fn remove_directory(directory: &Path) {
+    let _ = fs::remove_dir_all(directory);
+    // That of the name space goes with its last machine.
+    let _ = directory.parent().map(fs::remove_dir);
+}
+
+/// What the runtime can do, as containerd asks before it uses it.
+pub(crate) fn info() -> Result<Vec<u8>, Failure> {
+    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
+    let mut info =
+        RuntimeInfo { name: RUNTIME.to_owned(), version: MessageField::some(version), ..Default::default() };
+    info.annotations.insert("containerd.io/runtime-allow-mounts".to_owned(), ALLOWED_MOUNTS.to_owned());
+    info.write_to_bytes().context(|| "cannot encode the answer".to_owned())
+}
+
+/// The version, for people.
+pub(crate) fn version() -> String {
+    format!("containerd-shim-mvm-v2:\n  Version: {}\n  Runtime: {RUNTIME}\n", env!("CARGO_PKG_VERSION"))
+}

@@ -1,0 +1,85 @@
+//! What a client is told when a call fails: one of the classes containerd's clients test for, and a text.
+
+use containerd_shim_protos::ttrpc::{self, Code};
+use mvm_runtime::container::NotRunnable;
+use mvm_runtime::failure::Failure;
+
+/// Outcome of a call.
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// Why a call failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub(crate) struct Error {
+    code: Code,
+    text: String,
+}
+
+impl Error {
+    /// There is no such task, exec or process any more.
+    pub(crate) fn not_found(text: impl Into<String>) -> Self {
+        Self { code: Code::NOT_FOUND, text: text.into() }
+    }
+
+    /// There is one of this name.
+    pub(crate) fn already_exists(text: impl Into<String>) -> Self {
+        Self { code: Code::ALREADY_EXISTS, text: text.into() }
+    }
+
+    /// It cannot be done in the state the task is in.
+    pub(crate) fn failed_precondition(text: impl Into<String>) -> Self {
+        Self { code: Code::FAILED_PRECONDITION, text: text.into() }
+    }
+
+    /// The request contradicts itself.
+    pub(crate) fn invalid_argument(text: impl Into<String>) -> Self {
+        Self { code: Code::INVALID_ARGUMENT, text: text.into() }
+    }
+
+    /// This runtime cannot do it.
+    pub(crate) fn unimplemented(text: impl Into<String>) -> Self {
+        Self { code: Code::UNIMPLEMENTED, text: text.into() }
+    }
+
+    /// It was tried and failed.
+    pub(crate) fn failed(text: impl Into<String>) -> Self {
+        Self { code: Code::UNKNOWN, text: text.into() }
+    }
+
+    /// Which class of error it is.
+    #[cfg(test)]
+    pub(crate) fn code(&self) -> Code {
+        self.code
+    }
+}
+
+/// One line: clients show errors in a line, with a prefix of their own.
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let mut text = failure.to_string();
+        let mut cause = std::error::Error::source(&failure);
+        let mut not_runnable = None;
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            not_runnable = error.downcast_ref::<NotRunnable>().or(not_runnable);
+            cause = error.source();
+        }
+        // Clients know why a program could not be executed from these words of runc's alone.
+        match not_runnable.map(|error| error.exit_code) {
+            Some(127) => text.push_str(": executable file not found in $PATH"),
+            Some(126) => text.push_str(": permission denied"),
+            _ => {}
+        }
+        if let Some(help) = failure.remedy() {
+            text.push_str(&format!(" ({help})"));
+        }
+        Self::failed(text)
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> Self {
+        Self::RpcStatus(ttrpc::get_status(error.code, error.text))
+    }
+}

@@ -1,0 +1,364 @@
+//! Machines that are none: a container's processes are plain processes of the host. For tests where no guest can run;
+//! builds for use have no such thing.
+//!
+//! What a guest guarantees is kept: an init takes its container's other processes with it, the loss of the machine
+//! all of them, and streams end when the last process that holds them does.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+
+use mvm_protocol::{ExitStatus, Get, Got, Put, RootStats, SignalTarget, WindowSize};
+use mvm_runtime::agent::{Process, StdioSpec};
+use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::sandbox::{ContainerRequest, Launcher, Sandbox, SandboxRequest};
+use nix::libc::SIGKILL;
+use nix::pty::{Winsize, openpty};
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxResources, Process as OciProcess};
+
+/// Set, it has the shim make such machines.
+const CHOICE: &str = "MVM_FAKE_MACHINES";
+
+/// The launcher, if the environment asks for it.
+pub(crate) fn chosen() -> Option<Arc<dyn Launcher>> {
+    std::env::var_os(CHOICE).map(|_| Arc::new(FakeLauncher) as Arc<dyn Launcher>)
+}
+
+struct FakeLauncher;
+
+impl Launcher for FakeLauncher {
+    fn boot(&self, request: &SandboxRequest) -> Result<Arc<dyn Sandbox>, Failure> {
+        if annotation(request, "io.mvm.fake.boot").as_deref() == Some("fail") {
+            return Err(Failure::new("cannot boot the machine"));
+        }
+        fs::create_dir_all(&request.directory)
+            .context(|| "cannot make the machine's directory".to_owned())?;
+        let machine = Command::new("sleep").arg("infinity").stdin(Stdio::null()).spawn();
+        let machine = machine.context(|| "cannot start the machine's process".to_owned())?;
+        let pid = machine.id();
+        let shared = Arc::new(Shared::default());
+        let watched = Arc::clone(&shared);
+        thread::spawn(move || watch_machine(machine, &watched));
+        let directory = request.directory.clone();
+        Ok(Arc::new(FakeSandbox { pid, directory, shared, next: AtomicU64::new(1) }))
+    }
+}
+
+fn annotation(request: &SandboxRequest, name: &str) -> Option<String> {
+    request.spec.annotations().as_ref().and_then(|all| all.get(name).cloned())
+}
+
+fn watch_machine(mut machine: Child, shared: &Shared) {
+    let _ = machine.wait();
+    let mut state = shared.lock();
+    state.is_down = true;
+    for process in state.processes.values() {
+        process.kill(SIGKILL);
+    }
+    shared.changed.notify_all();
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    is_down: bool,
+    containers: BTreeMap<String, Vec<u64>>,
+    processes: BTreeMap<u64, Running>,
+}
+
+struct Running {
+    pid: Pid,
+    exit: Option<ExitStatus>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Running {
+    /// The process and what it started: each is a session of its own.
+    fn kill(&self, signal: i32) {
+        if self.exit.is_none()
+            && let Ok(signal) = Signal::try_from(signal)
+        {
+            let _ = killpg(self.pid, signal);
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct FakeSandbox {
+    pid: u32,
+    directory: PathBuf,
+    shared: Arc<Shared>,
+    next: AtomicU64,
+}
+
+impl FakeSandbox {
+    fn each(&self, container: &str, signal: i32) {
+        let state = self.shared.lock();
+        for id in state.containers.get(container).into_iter().flatten() {
+            if let Some(process) = state.processes.get(id) {
+                process.kill(signal);
+            }
+        }
+    }
+}
+
+impl Sandbox for FakeSandbox {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn create(&self, container: &ContainerRequest) -> Result<(), Failure> {
+        let mut state = self.shared.lock();
+        if state.is_down {
+            return Err(Failure::new("the machine is lost"));
+        }
+        state.containers.insert(container.id.clone(), Vec::new());
+        Ok(())
+    }
+
+    fn start(&self, container: &str, process: &OciProcess, stdio: StdioSpec) -> Result<Process, Failure> {
+        let (command, ours) = prepare(process, stdio)?;
+        let child = spawn(command)?;
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX));
+        let mut state = self.shared.lock();
+        let members = state.containers.entry(container.to_owned()).or_default();
+        let is_init = members.is_empty();
+        members.push(id);
+        state.processes.insert(id, Running { pid, exit: None, terminal: ours.master });
+        drop(state);
+        let (shared, container) = (Arc::clone(&self.shared), container.to_owned());
+        thread::spawn(move || watch_process(child, id, is_init.then_some(container), &shared));
+        Ok(Process {
+            id,
+            pid: pid.as_raw().unsigned_abs(),
+            stdin: ours.stdin,
+            stdout: ours.stdout,
+            stderr: ours.stderr,
+            terminal: ours.terminal,
+        })
+    }
+
+    fn wait(&self, process: u64) -> Result<ExitStatus, Failure> {
+        let mut state = self.shared.lock();
+        loop {
+            if state.is_down {
+                return Err(Failure::new("the machine is lost"));
+            }
+            match state.processes.get(&process).map(|process| process.exit) {
+                None => return Err(Failure::new("no such process")),
+                Some(Some(exit)) => return Ok(exit),
+                Some(None) => {}
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn signal(&self, process: u64, signal: i32, target: SignalTarget) -> Result<(), Failure> {
+        let state = self.shared.lock();
+        let container = state.containers.iter().find(|(_, members)| members.contains(&process));
+        let container = container.map(|(id, _)| id.clone());
+        if target == SignalTarget::Everyone {
+            drop(state);
+            self.each(&container.unwrap_or_default(), signal);
+        } else if let Some(process) = state.processes.get(&process)
+            && process.exit.is_none()
+            && let Ok(signal) = Signal::try_from(signal)
+        {
+            let _ = kill(process.pid, signal);
+        }
+        Ok(())
+    }
+
+    fn resize(&self, process: u64, size: WindowSize) -> Result<(), Failure> {
+        let state = self.shared.lock();
+        let terminal = state.processes.get(&process).and_then(|process| process.terminal.as_ref());
+        let terminal = terminal.ok_or_else(|| Failure::new("the process has no terminal"))?;
+        let status = Command::new("stty")
+            .args(["rows", &size.rows.to_string(), "cols", &size.columns.to_string()])
+            .stdin(terminal.try_clone().context(|| "cannot use the terminal".to_owned())?)
+            .status()
+            .context(|| "cannot run stty".to_owned())?;
+        if status.success() { Ok(()) } else { Err(Failure::new("stty failed")) }
+    }
+
+    fn close_stdin(&self, _: u64) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn pause(&self, container: &str) -> Result<(), Failure> {
+        self.each(container, Signal::SIGSTOP as i32);
+        Ok(())
+    }
+
+    fn resume(&self, container: &str) -> Result<(), Failure> {
+        self.each(container, Signal::SIGCONT as i32);
+        Ok(())
+    }
+
+    fn stats(&self, _: &str) -> Result<RootStats, Failure> {
+        let files = [("pids.current", "1\n"), ("memory.current", "4096\n"), ("cpu.stat", "usage_usec 7\n")];
+        let files = files.map(|(name, text)| (name.to_owned(), text.to_owned())).to_vec();
+        Ok(RootStats { files, pids: Vec::new() })
+    }
+
+    fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), Failure> {
+        let text = serde_json::to_vec(resources).context(|| "cannot encode the limits".to_owned())?;
+        fs::write(self.directory.join(format!("{container}.limits")), text)
+            .context(|| "cannot note the limits".to_owned())
+    }
+
+    fn put(&self, _: Put) -> Result<(), Failure> {
+        Err(Failure::new("this machine has no files of its own"))
+    }
+
+    fn get(&self, _: Get) -> Result<Got, Failure> {
+        Err(Failure::new("this machine has no files of its own"))
+    }
+
+    /// As many as the machine's directory says.
+    fn memory_kills(&self, container: &str) -> u64 {
+        let text = fs::read_to_string(self.directory.join(format!("{container}.kills")));
+        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+
+    fn remove(&self, container: &str) -> Result<(), Failure> {
+        self.each(container, SIGKILL);
+        self.shared.lock().containers.remove(container);
+        Ok(())
+    }
+
+    fn wait_machine(&self) -> String {
+        let mut state = self.shared.lock();
+        while !state.is_down {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        "its process has ended".to_owned()
+    }
+
+    fn end(&self) -> Result<(), Failure> {
+        let _ = kill(Pid::from_raw(i32::try_from(self.pid).unwrap_or(i32::MAX)), Signal::SIGKILL);
+        self.wait_machine();
+        let _ = fs::remove_dir_all(&self.directory);
+        let _ = self.directory.parent().map(fs::remove_dir);
+        Ok(())
+    }
+}
+
+fn watch_process(mut child: Child, id: u64, init_of: Option<String>, shared: &Shared) {
+    let status = child.wait().map(|status| (status.code(), status.signal()));
+    let exit = match status {
+        Ok((Some(code), _)) => ExitStatus::Code(u8::try_from(code).unwrap_or(u8::MAX)),
+        Ok((None, signal)) => ExitStatus::Signal(u8::try_from(signal.unwrap_or(0)).unwrap_or(0)),
+        Err(_) => ExitStatus::Code(u8::MAX),
+    };
+    let mut state = shared.lock();
+    let members = init_of.and_then(|container| state.containers.get(&container).cloned()).unwrap_or_default();
+    if let Some(process) = state.processes.get_mut(&id) {
+        process.exit = Some(exit);
+        process.terminal = None;
+    }
+    for other in members {
+        if let Some(process) = state.processes.get(&other) {
+            process.kill(SIGKILL);
+        }
+    }
+    shared.changed.notify_all();
+}
+
+/// The host's ends of a process's streams.
+#[derive(Default)]
+struct Ours {
+    stdin: Option<UnixStream>,
+    stdout: Option<UnixStream>,
+    stderr: Option<UnixStream>,
+    terminal: Option<UnixStream>,
+    master: Option<OwnedFd>,
+}
+
+fn prepare(process: &OciProcess, stdio: StdioSpec) -> Result<(Command, Ours), Failure> {
+    let args = process.args().clone().unwrap_or_default();
+    let env = process.env().clone().unwrap_or_default();
+    let program = args.first().ok_or_else(|| Failure::new("the process has no program"))?;
+    let path = find(program, &env)?;
+    // A session of its own, and with it the terminal.
+    let mut command = Command::new("setsid");
+    let mut ours = Ours::default();
+    match stdio {
+        StdioSpec::Pipes { stdin, stdout, stderr } => {
+            command.stdin(pipe(stdin, &mut ours.stdin)?);
+            command.stdout(pipe(stdout, &mut ours.stdout)?).stderr(pipe(stderr, &mut ours.stderr)?);
+        }
+        StdioSpec::Terminal(size) => {
+            let slave = terminal(size, &mut ours)?;
+            let clone = || slave.try_clone().context(|| "cannot use the terminal".to_owned());
+            command.arg("--ctty").stdin(clone()?).stdout(clone()?).stderr(clone()?);
+        }
+    }
+    let rest = args.get(1..).unwrap_or_default();
+    command.arg(path).args(rest).current_dir("/").env_clear();
+    command.envs(env.iter().filter_map(|pair| pair.split_once('=')));
+    Ok((command, ours))
+}
+
+fn spawn(mut command: Command) -> Result<Child, Failure> {
+    command.spawn().context(|| "cannot start the process".to_owned())
+}
+
+fn pipe(wanted: bool, ours: &mut Option<UnixStream>) -> Result<Stdio, Failure> {
+    if !wanted {
+        return Ok(Stdio::null());
+    }
+    let (host, guest) = UnixStream::pair().context(|| "cannot make a stream".to_owned())?;
+    *ours = Some(host);
+    Ok(Stdio::from(OwnedFd::from(guest)))
+}
+
+fn terminal(size: WindowSize, ours: &mut Ours) -> Result<OwnedFd, Failure> {
+    let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let pair = openpty(&size, None).context(|| "cannot make a terminal".to_owned())?;
+    let (host, guest) = UnixStream::pair().context(|| "cannot make a stream".to_owned())?;
+    let clone =
+        || pair.master.try_clone().map(fs::File::from).context(|| "cannot use the terminal".to_owned());
+    let (mut reading, mut writing) = (clone()?, clone()?);
+    let mut towards = guest.try_clone().context(|| "cannot use a stream".to_owned())?;
+    let mut from = guest;
+    thread::spawn(move || {
+        let _ = std::io::copy(&mut reading, &mut towards);
+        let _ = towards.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || std::io::copy(&mut from, &mut writing));
+    ours.terminal = Some(host);
+    ours.master = Some(pair.master);
+    Ok(pair.slave)
+}
+
+/// The program's path, looked for as a guest does.
+fn find(program: &str, env: &[String]) -> Result<PathBuf, Failure> {
+    let path = env.iter().find_map(|pair| pair.strip_prefix("PATH=")).unwrap_or("/bin:/usr/bin");
+    let found = if program.contains('/') {
+        Some(PathBuf::from(program)).filter(|path| path.exists())
+    } else {
+        path.split(':').map(|directory| Path::new(directory).join(program)).find(|path| path.exists())
+    };
+    found.ok_or_else(|| Failure::new(format!("cannot run {program}")))
+}

@@ -1,0 +1,174 @@
+//! The machine behind a shim: made with the first container, ended with the last or by itself.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::sandbox::{Launcher, Sandbox, SandboxRequest};
+use oci_spec::runtime::Spec;
+use sha2::{Digest, Sha256};
+
+use super::{Exit, Job, KILLED, Name, State, Tasks, now};
+use crate::bundle::{Identity, MACHINES, Record};
+
+/// Stack of a thread that only waits, in bytes.
+const WAITING_STACK: usize = 128 * 1024;
+/// Longest path of a machine's directory: its sockets' paths must fit.
+const MAX_DIRECTORY: usize = 85;
+/// Longest name of a machine.
+const MAX_ID: usize = 64;
+
+/// Who and where the shim is.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// containerd's name space.
+    pub(crate) namespace: String,
+    /// Id of the pod or the lone container.
+    pub(crate) group: String,
+    /// The daemon's socket.
+    pub(crate) socket: PathBuf,
+}
+
+/// Where the machine is in its life.
+pub(super) enum Machine {
+    /// There was none yet.
+    Absent,
+    /// Being made.
+    Booting,
+    /// Up.
+    Up(Arc<dyn Sandbox>),
+    /// Being ended, for those who wait.
+    Ending { pid: u32, waiting: Vec<Job> },
+    /// Gone.
+    Gone { pid: u32 },
+}
+
+impl Machine {
+    /// The host's process that is or was the machine; 0 if there was none.
+    pub(super) fn pid(&self) -> u32 {
+        match self {
+            Self::Absent | Self::Booting => 0,
+            Self::Up(sandbox) => sandbox.pid(),
+            Self::Ending { pid, .. } | Self::Gone { pid } => *pid,
+        }
+    }
+}
+
+impl Place {
+    /// The machine's own directory.
+    fn directory(&self) -> PathBuf {
+        let plain = Path::new(MACHINES).join(&self.namespace).join(&self.group);
+        if plain.as_os_str().len() <= MAX_DIRECTORY { plain } else { Path::new(MACHINES).join(self.hash()) }
+    }
+
+    fn machine_id(&self) -> String {
+        if self.group.len() <= MAX_ID { self.group.clone() } else { self.hash() }
+    }
+
+    fn hash(&self) -> String {
+        let hash = Sha256::digest(format!("{}/{}", self.namespace, self.group));
+        hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Boots the machine, recording it in the bundle before it is there and when it is.
+    pub(super) fn boot(
+        &self,
+        launcher: &dyn Launcher,
+        bundle: &Path,
+        spec: &Spec,
+        pod: bool,
+    ) -> Result<Arc<dyn Sandbox>, Failure> {
+        let id =
+            self.machine_id().try_into().context(|| format!("{} cannot be a machine's name", self.group))?;
+        let mut record = Record { directory: self.directory(), socket: self.socket.clone(), machine: None };
+        let write = |record: &Record| {
+            record.write(bundle).context(|| format!("cannot write a record to {}", bundle.display()))
+        };
+        write(&record)?;
+        let request = SandboxRequest { id, directory: record.directory.clone(), spec: spec.clone(), pod };
+        let sandbox = launcher.boot(&request)?;
+        record.machine = Identity::of(sandbox.pid());
+        if let Err(failure) = write(&record) {
+            let _ = sandbox.end();
+            return Err(failure);
+        }
+        // The machine is what the container is to the host's memory, and not to be spared as this shim is.
+        let score = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj).unwrap_or(0);
+        let _ = fs::write(format!("/proc/{}/oom_score_adj", sandbox.pid()), score.to_string());
+        Ok(sandbox)
+    }
+}
+
+impl Tasks {
+    /// The machine is up: its end will be noticed.
+    pub(super) fn machine_is_up(&mut self, sandbox: Arc<dyn Sandbox>) {
+        self.machine = Machine::Up(Arc::clone(&sandbox));
+        let me = self.me.clone();
+        waiting_thread("machine", move || {
+            let how = sandbox.wait_machine();
+            drop(sandbox);
+            me.tell(move |tasks| tasks.machine_is_lost(&how));
+        });
+    }
+
+    /// The machine has ended. If nobody ended it, whatever lived in it was killed.
+    fn machine_is_lost(&mut self, how: &str) {
+        if matches!(self.machine, Machine::Up(_)) {
+            log::warn!("the machine has ended: {how}");
+        }
+        let ids: Vec<String> = self.containers.keys().cloned().collect();
+        for id in ids {
+            let execs: Vec<String> =
+                self.containers.get(&id).map(|c| c.execs.keys().cloned().collect()).unwrap_or_default();
+            for exec in execs {
+                self.process_exited(&Name { container: id.clone(), exec }, KILLED);
+            }
+            let init = Name { container: id, exec: String::new() };
+            self.process_exited(&init, KILLED);
+            if self.process(&init).is_ok_and(|p| matches!(p.state, State::Created { .. } | State::Virtual)) {
+                self.process_is_over(&init, Exit { status: KILLED, at: now() });
+            }
+        }
+        self.end_machine(Box::new(|_| {}));
+    }
+
+    /// Ends the machine if there is one, then goes on.
+    pub(super) fn end_machine(&mut self, then: Job) {
+        match &mut self.machine {
+            Machine::Ending { waiting, .. } => waiting.push(then),
+            Machine::Absent | Machine::Booting | Machine::Gone { .. } => then(self),
+            Machine::Up(sandbox) => {
+                let sandbox = Arc::clone(sandbox);
+                self.machine = Machine::Ending { pid: sandbox.pid(), waiting: vec![then] };
+                self.blocking(
+                    move || sandbox.end(),
+                    |tasks, ended| {
+                        if let Err(failure) = ended {
+                            log::error!("{}", failure.report());
+                        }
+                        tasks.machine_is_gone();
+                    },
+                );
+            }
+        }
+    }
+
+    fn machine_is_gone(&mut self) {
+        let gone = Machine::Gone { pid: self.machine.pid() };
+        if let Machine::Ending { waiting, .. } = std::mem::replace(&mut self.machine, gone) {
+            for job in waiting {
+                job(self);
+            }
+        }
+    }
+}
+
+/// Runs what waits for long on a thread of its own.
+pub(super) fn waiting_thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(WAITING_STACK);
+    if let Err(error) = builder.spawn(work) {
+        log::error!("cannot start a thread: {error}");
+    }
+}

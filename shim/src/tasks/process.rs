@@ -1,0 +1,112 @@
+//! A process of a container, from being asked for to being forgotten.
+
+use std::time::SystemTime;
+
+use mvm_protocol::WindowSize;
+use oci_spec::runtime::Process as OciProcess;
+use tokio::sync::watch;
+
+use crate::stdio::{Paths, Pumps, Streams};
+
+/// Names a process: a container's init, or one of its execs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Name {
+    /// The container's id.
+    pub(crate) container: String,
+    /// The exec's id; empty for the init.
+    pub(crate) exec: String,
+}
+
+/// How and when a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// Its exit code, or 128 and the signal that killed it.
+    pub(crate) status: u32,
+    /// When.
+    pub(crate) at: SystemTime,
+}
+
+/// What a client can ask of a process's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// It can be started.
+    Created,
+    /// It runs.
+    Running,
+    /// Its container is stopped for a while.
+    Paused,
+    /// It has ended.
+    Stopped,
+}
+
+/// All a client can ask of a process.
+#[derive(Clone, Debug)]
+pub(crate) struct Report {
+    /// The container's bundle.
+    pub(crate) bundle: String,
+    /// The host's process it lives in.
+    pub(crate) pid: u32,
+    /// Its state.
+    pub(crate) status: Status,
+    /// Its streams, by the client's words.
+    pub(crate) stdio: Paths,
+    /// How it ended.
+    pub(crate) exit: Option<Exit>,
+}
+
+/// A process.
+pub(super) struct Process {
+    pub(super) stdio: Paths,
+    pub(super) state: State,
+    /// Its terminal's size, as last told before it started.
+    pub(super) size: WindowSize,
+    /// The client has closed its standard input before it started.
+    pub(super) stdin_closed: bool,
+    /// How it ended, for all who wait.
+    pub(super) exit: watch::Sender<Option<Exit>>,
+}
+
+/// Where a process is in its life.
+pub(super) enum State {
+    /// Asked for. An init's streams are open, an exec's are opened when it starts.
+    Created { process: Box<OciProcess>, streams: Option<Streams> },
+    /// Being started.
+    Starting,
+    /// Running in the guest under this id.
+    Running { id: u64, pumps: Pumps },
+    /// A pod's sandbox: nothing runs.
+    Virtual,
+    /// Ended in the guest; its output is on its way.
+    Ending { pumps: Pumps },
+    /// Ended, and everybody was told.
+    Stopped { pumps: Option<Pumps> },
+}
+
+impl Process {
+    pub(super) fn new(stdio: Paths, process: Box<OciProcess>, streams: Option<Streams>) -> Self {
+        let size = process.console_size().map(|size| WindowSize {
+            rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
+            columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
+        });
+        Self {
+            stdio,
+            state: State::Created { process, streams },
+            size: size.unwrap_or_default(),
+            stdin_closed: false,
+            exit: watch::Sender::new(None),
+        }
+    }
+
+    /// Whether it lives in the guest, or is about to.
+    pub(super) fn is_alive(&self) -> bool {
+        matches!(self.state, State::Starting | State::Running { .. } | State::Virtual | State::Ending { .. })
+    }
+
+    pub(super) fn status(&self) -> Status {
+        match self.state {
+            State::Created { .. } | State::Starting => Status::Created,
+            State::Running { .. } | State::Virtual | State::Ending { .. } => Status::Running,
+            State::Stopped { .. } => Status::Stopped,
+        }
+    }
+}

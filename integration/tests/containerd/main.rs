@@ -1,0 +1,160 @@
+//! containerd end to end: the same suites with runc, which judges them, and with mvm, on every generation at hand.
+//!
+//! Each generation is one run of this program in the lab (or right here, where KVM runs Linux), in name spaces of
+//! its own. After every test the host is compared with what it was: what a container leaves behind fails the test.
+
+mod confinement;
+mod context;
+mod faults;
+mod flat;
+mod lifecycle;
+mod network;
+mod pods;
+mod stdio;
+
+use std::ffi::OsString;
+use std::io::{Write, stderr, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Trial};
+use mvm_integration::containerd::{Daemon, Installation, Runtime, surroundings};
+use mvm_integration::lab;
+
+use context::{Context, Test};
+
+/// What the script left.
+const FETCHED: &str = "MVM_TEST_CONTAINERD";
+/// Generations to run, separated by spaces; all that were fetched unless given.
+const GENERATIONS: &str = "MVM_TEST_GENERATIONS";
+/// Runtimes to run, separated by spaces; both unless given.
+const RUNTIMES: &str = "MVM_TEST_RUNTIMES";
+/// Inside: the one generation of this run.
+const GENERATION: &str = "MVM_TEST_GENERATION";
+/// Bound of one generation's run in the lab.
+const LAB_TIME: Duration = Duration::from_secs(40 * 60);
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if arguments.list || arguments.ignored {
+        return ExitCode::from(u8::from(libtest_mimic::run(&arguments, trials(None)).has_failed()));
+    }
+    let result = match variable(GENERATION) {
+        Some(generation) => here(&generation, arguments),
+        None => everywhere(),
+    };
+    result.unwrap_or_else(|error| {
+        say(&error.to_string());
+        ExitCode::FAILURE
+    })
+}
+
+/// One run for each generation, and what came of them.
+fn everywhere() -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let all = installations()?;
+    let wanted = variable(GENERATIONS);
+    let wanted =
+        |generation: &str| wanted.as_ref().is_none_or(|list| list.split(' ').any(|name| name == generation));
+    let mut table = Vec::new();
+    for installation in all.iter().filter(|installation| wanted(&installation.generation)) {
+        say(&format!("containerd {}", installation.version()));
+        let status = child(installation)?;
+        table.push((installation.version(), status));
+    }
+    for (version, status) in &table {
+        say(&format!("containerd {version}: {}", if *status == 0 { "passed" } else { "FAILED" }));
+    }
+    let passed = !table.is_empty() && table.iter().all(|(_, status)| *status == 0);
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs this very program for one generation, in the lab unless Linux guests run here.
+fn child(installation: &Installation) -> Result<u8, Box<dyn std::error::Error>> {
+    let myself = std::env::current_exe()?;
+    let env: Vec<(OsString, OsString)> = vec![
+        (GENERATION.into(), installation.generation.clone().into()),
+        ("MVM_PREFIX".into(), programs().into()),
+    ];
+    let argv: Vec<_> =
+        std::iter::once(myself.clone().into_os_string()).chain(std::env::args_os().skip(1)).collect();
+    if lab::host_runs_linux().runs_linux() {
+        let status = std::process::Command::new(&argv[0]).args(&argv[1..]).envs(env).status()?;
+        return Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(255));
+    }
+    let copy = [&installation.programs, &installation.runc, &installation.plugins].map(PathBuf::from);
+    let copy = copy.into_iter().chain([myself, programs()]).collect();
+    let options = lab::Options { timeout: LAB_TIME, memory_mib: 8192, copy, env, ..Default::default() };
+    Ok(lab::run(&options, &argv, &mut stdout(), &mut stderr())?.status)
+}
+
+/// Runs the suites on one generation, right here.
+fn here(generation: &str, mut arguments: Arguments) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let all = installations()?;
+    let installation =
+        all.iter().find(|one| one.generation == generation).ok_or("no such generation was fetched")?;
+    surroundings::enter()?;
+    let scratch = tempfile::Builder::new().prefix("mvm-containerd.").tempdir()?;
+    let daemon = Daemon::start(installation, scratch.path(), &[programs().join("bin")]);
+    surroundings::default_network(installation, &daemon.dir)?;
+    static DAEMON: OnceLock<Daemon> = OnceLock::new();
+    let daemon = DAEMON.get_or_init(|| daemon);
+    // A leak belongs to one test, and emulated machines side by side only slow each other down.
+    arguments.test_threads = Some(1);
+    let conclusion = libtest_mimic::run(&arguments, trials(Some(daemon)));
+    if conclusion.has_failed() {
+        let log = daemon.log();
+        let start = log.len().saturating_sub(8000);
+        say(&format!("the end of containerd's log:\n{}", log.get(start..).unwrap_or(&log)));
+    }
+    daemon.stop();
+    Ok(conclusion.exit_code())
+}
+
+fn trials(daemon: Option<&'static Daemon>) -> Vec<Trial> {
+    let wanted = variable(RUNTIMES);
+    let runtimes = Runtime::ALL.into_iter().filter(|runtime| {
+        wanted.as_ref().is_none_or(|list| list.split(' ').any(|name| name == runtime.name()))
+    });
+    let both = [
+        stdio::TESTS,
+        lifecycle::TESTS,
+        confinement::TESTS,
+        network::TESTS,
+        pods::TESTS,
+        faults::TESTS,
+        flat::TESTS,
+    ];
+    let tests = |runtime| match runtime {
+        Runtime::Runc => both.concat(),
+        Runtime::Mvm => [both.concat(), faults::OURS.to_vec()].concat(),
+    };
+    let trial = |runtime: Runtime, (name, test): Test| {
+        Trial::test(format!("{}::{name}", runtime.name()), move || {
+            Context::new(daemon.ok_or("only listed")?, runtime).run(test)
+        })
+    };
+    runtimes.flat_map(|runtime| tests(runtime).into_iter().map(move |test| trial(runtime, test))).collect()
+}
+
+fn installations() -> std::io::Result<Vec<Installation>> {
+    let dir = variable(FETCHED)
+        .unwrap_or_else(|| panic!("{FETCHED} names what was fetched: use `make containerd`"));
+    Installation::all(dir.as_ref())
+}
+
+/// Where the programs under test are laid out as installed.
+fn programs() -> PathBuf {
+    std::env::var_os("MVM_PREFIX")
+        .map(PathBuf::from)
+        .expect("MVM_PREFIX names the programs: use `make containerd`")
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn say(text: &str) {
+    let _ = writeln!(stderr(), "containerd: {text}");
+}

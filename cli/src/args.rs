@@ -1,11 +1,13 @@
 //! The command line: what can be said, and what it is turned into.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mvm_devices::virtio::{DeviceSpec, NAMES};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
+use mvm_runtime::net::{Choice, Publish};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
 use crate::life::args::Life;
@@ -129,9 +131,19 @@ pub(crate) struct Run {
     /// Refuse writes to the root file system
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// Network: none, or tap=NAME[,mac=MAC][,ip=ADDR/PREFIX][,gateway=ADDR]
-    #[arg(long, value_name = "NET", value_parser = Net::from_str, default_value = "none")]
-    pub(crate) net: Net,
+    /// Network: none, nat[:SUBNET], host-only[:SUBNET], bridge:NAME[,ip=ADDR/PREFIX][,gateway=ADDR],
+    /// netns:PATH, or tap=NAME[,ip=ADDR/PREFIX][,gateway=ADDR]; the last, and bridge, may have ,mac=MAC
+    #[arg(long, value_name = "NET", value_parser = Choice::from_str, default_value = "none")]
+    pub(crate) net: Choice,
+    /// Make a port of the guest one of this host: [IP:]HOST:GUEST[/tcp|udp]; may be repeated; needs --net nat
+    #[arg(short, long, value_name = "PORT", value_parser = Publish::from_str)]
+    pub(crate) publish: Vec<Publish>,
+    /// Name server of the guest, instead of this host's; may be repeated
+    #[arg(long, value_name = "IP")]
+    pub(crate) dns: Vec<IpAddr>,
+    /// Largest packet of the guest's network, in bytes
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
+    pub(crate) mtu: Option<u16>,
     #[command(flatten)]
     pub(crate) shape: Shape,
     /// Say at the end how long each stage took and what the machine cost

@@ -10,6 +10,7 @@ use mvm_runtime::container::{
     Container, Cost, NotRunnable, Overrides, Request, Upper, root_file_system, state_dir,
 };
 use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::net::NetRequest;
 use mvm_runtime::owner::Refused;
 use mvm_vmm::config::MachineId;
 use nix::sys::signal::Signal;
@@ -96,7 +97,12 @@ fn request(options: &Run) -> Result<Request, Failure> {
         id,
         cpus: options.shape.cpus,
         memory: options.shape.memory,
-        net: options.net.clone(),
+        net: NetRequest {
+            choice: options.net.clone(),
+            publish: options.publish.clone(),
+            dns: options.dns.clone(),
+            mtu: options.mtu,
+        },
         read_only: options.read_only,
         upper: Upper::Memory,
         sockets: None,

@@ -62,7 +62,7 @@ impl TestVm {
             id: id.parse().expect("a valid name"),
             cpus: Default::default(),
             memory: Default::default(),
-            net: Net::None,
+            net: Default::default(),
             read_only: false,
             upper: Upper::Memory,
             sockets: None,
@@ -94,7 +94,7 @@ impl TestVm {
     /// This network, as on the command line.
     #[must_use]
     pub fn net(mut self, text: &str) -> Self {
-        self.request.net = text.parse().expect("a network");
+        self.request.net.choice = text.parse().expect("a network");
         self
     }
 

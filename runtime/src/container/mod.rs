@@ -15,9 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mvm_protocol::{
-    Configure, DiskFilesystem, Identity, Interface, Lower, Route, SetupRoot, ShutdownMode, Writable,
-};
+use mvm_protocol::{Configure, DiskFilesystem, Identity, Lower, SetupRoot, ShutdownMode, Writable};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 use mvm_vmm::kvm::probe::PVM;
 
@@ -25,8 +23,8 @@ use crate::agent::{AgentClient, Process, ProcessSpec};
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
 use crate::image::{Progress, Rootfs, Source, Store};
-use crate::machine::{Disk, Machine, Net, Plan, TapNet, prepare};
-use crate::net::mac_of;
+use crate::machine::{Disk, Machine, Plan, prepare};
+use crate::net::{Connection, Net, NetRequest};
 
 /// Name under which the agent keeps the container's root.
 pub const ROOT: &str = "main";
@@ -54,7 +52,7 @@ pub struct Request {
     /// RAM.
     pub memory: MemSize,
     /// Its network.
-    pub net: Net,
+    pub net: NetRequest,
     /// Refuse writes to the root file system.
     pub read_only: bool,
     /// Where they go otherwise.
@@ -83,6 +81,8 @@ pub struct Container {
     /// When each stage was reached.
     pub timeline: Timeline,
     upper: Upper,
+    // After the machine, which has its taps open.
+    _connection: Connection,
 }
 
 /// Where mvm keeps what outlives a machine: `MVM_STATE`, or `/var/lib/mvm`.
@@ -119,7 +119,8 @@ impl Container {
         }
         let guest = GuestFiles::find()?;
         let initrd = guest.initrd(&state.join("guest"))?;
-        let plan = plan(request, image, guest, initrd);
+        let connection = request.net.connect(request.id.as_str())?;
+        let plan = plan(request, image, guest, initrd, connection.nets.clone());
         let prepared = prepare(&plan)?;
         let stderr = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned().ok();
         let mut machine = prepared.start(stderr)?;
@@ -129,9 +130,11 @@ impl Container {
         timeline.reach("agent says hello");
         agent.set_up_root(root(request)).context(|| "cannot set the container's root up".to_owned())?;
         timeline.reach("root is mounted");
-        agent.configure(place(request)).context(|| "cannot configure the guest".to_owned())?;
+        agent
+            .configure(place(&request.id, &connection))
+            .context(|| "cannot configure the guest".to_owned())?;
         timeline.reach("guest is configured");
-        Ok(Self { machine, agent, timeline, upper: request.upper.clone() })
+        Ok(Self { machine, agent, timeline, upper: request.upper.clone(), _connection: connection })
     }
 
     /// Ends the machine: at once if nothing of it is kept, else after the guest has written its disk back.
@@ -160,7 +163,7 @@ impl Container {
     }
 }
 
-fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf) -> Plan {
+fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf, nets: Vec<Net>) -> Plan {
     let disk = |path: &Path, serial: &str, read_only| Disk {
         path: path.to_path_buf(),
         read_only,
@@ -179,7 +182,7 @@ fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf) -
         initrd: Some(initrd),
         cmdline: CMDLINE.to_owned(),
         disks,
-        nets: vec![request.net.clone()],
+        nets,
         console: None,
         vsock: true,
         devices: Vec::new(),
@@ -209,22 +212,7 @@ fn root(request: &Request) -> SetupRoot {
 }
 
 /// The guest's place in its network: its name at least.
-fn place(request: &Request) -> Configure {
-    let own = format!("127.0.0.1\tlocalhost {id}\n::1\tlocalhost {id}\n", id = request.id);
-    let mut place =
-        Configure { hostname: Some(request.id.to_string()), hosts: Some(own), ..Default::default() };
-    if let Net::Tap(TapNet { name, mac, address, gateway }) = &request.net {
-        let mac = mac.unwrap_or_else(|| mac_of(&format!("{}/{name}", request.id))).bytes();
-        let interface = "eth0".to_owned();
-        place.routes.extend(gateway.map(|gateway| Route {
-            destination: None,
-            gateway: Some(gateway),
-            interface: interface.clone(),
-            metric: 0,
-            on_link: true,
-        }));
-        let addresses = address.iter().copied().collect();
-        place.interfaces.push(Interface { mac, name: interface, mtu: 0, addresses });
-    }
-    place
+fn place(id: &MachineId, connection: &Connection) -> Configure {
+    let own = format!("127.0.0.1\tlocalhost {id}\n::1\tlocalhost {id}\n");
+    Configure { hostname: Some(id.to_string()), hosts: Some(own), ..connection.place.clone() }
 }

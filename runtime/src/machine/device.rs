@@ -38,5 +38,10 @@ pub(super) fn disk_spec(disk: &Disk, slot: FdSlot) -> DeviceSpec {
 
 /// A network interface whose tap is in `slot`.
 pub(super) fn tap_spec(tap: &OpenTap, slot: FdSlot) -> DeviceSpec {
-    DeviceSpec::Net(net::Config { tap: slot, mac: Some(tap.mac), mtu: tap.mtu, only_own_mac: false })
+    DeviceSpec::Net(net::Config {
+        tap: slot,
+        mac: Some(tap.mac),
+        mtu: tap.mtu,
+        only_own_mac: tap.only_own_mac,
+    })
 }

@@ -117,7 +117,7 @@ impl Opening {
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
         let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
         let file = Arc::new(open_tap(&tap.name)?);
-        self.open_tap(&OpenTap { file, mac, mtu: None })
+        self.open_tap(&OpenTap { file, mac, mtu: None, only_own_mac: false })
     }
 
     fn open_tap(&mut self, tap: &OpenTap) -> Result<(), Failure> {

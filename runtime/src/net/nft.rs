@@ -39,6 +39,8 @@ pub(super) enum Hook {
     Postrouting,
     /// Those that pass through.
     Forward,
+    /// Those that are for this host.
+    Input,
 }
 
 impl Hook {
@@ -48,6 +50,7 @@ impl Hook {
             Self::Output => "output",
             Self::Postrouting => "postrouting",
             Self::Forward => "forward",
+            Self::Input => "input",
         }
     }
 
@@ -58,6 +61,7 @@ impl Hook {
             Self::Output => ("nat", libc::NF_INET_LOCAL_OUT, -100),
             Self::Postrouting => ("nat", libc::NF_INET_POST_ROUTING, 100),
             Self::Forward => ("filter", libc::NF_INET_FORWARD, 0),
+            Self::Input => ("filter", libc::NF_INET_LOCAL_IN, 0),
         }
     }
 }

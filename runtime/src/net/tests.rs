@@ -1,5 +1,6 @@
 //! Networks in name spaces of the tests' own. They need root.
 
+mod bridges;
 mod forwarding;
 mod guest;
 mod pod;

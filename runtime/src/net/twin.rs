@@ -38,7 +38,7 @@ impl SpareTap {
     /// No rights, or no tun driver.
     pub fn make(netns: &Netns, mac: MacAddress) -> Result<Self, Failure> {
         let AnyTap { file, name } = netns.run(|| open_new_tap(TAP_NAME))??;
-        let nic = OpenTap { file: Arc::new(file), mac, mtu: None };
+        let nic = OpenTap { file: Arc::new(file), mac, mtu: None, only_own_mac: false };
         Ok(Self { netns: netns.clone(), name, nic })
     }
 

@@ -60,7 +60,7 @@ pub(super) fn boot(image: &Rootfs, id: &str, sockets: Option<&Path>) -> io::Resu
         id: id.parse().map_err(io::Error::other)?,
         cpus: Default::default(),
         memory: Default::default(),
-        net: Net::None,
+        net: Default::default(),
         read_only: false,
         upper: Upper::Memory,
         sockets: sockets.map(Path::to_path_buf),

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use mvm_protocol::Address;
+use serde::{Deserialize, Serialize};
 
 use super::Message;
 
@@ -41,6 +42,8 @@ const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
 const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
 const NFT_NAT_DNAT: u32 = 1;
 const NFT_CT_STATE: u32 = 0;
+const NFT_CT_STATUS: u32 = 2;
+const IPS_DST_NAT: u32 = 1 << 5;
 /// Asks the routing table of what kind a destination is.
 const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 const NFTA_FIB_F_DADDR: u32 = 2;
@@ -56,7 +59,7 @@ const NETWORK_HEADER: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER.cast_unsigned();
 const TRANSPORT_HEADER: u32 = libc::NFT_PAYLOAD_TRANSPORT_HEADER.cast_unsigned();
 
 /// What a packet carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Transport {
     /// TCP.
     Tcp,
@@ -89,17 +92,12 @@ impl Rule {
 
     /// It goes to this network.
     pub(in crate::net) fn to(self, network: Address) -> Self {
-        self.address(network, EQUAL, [16, 24])
-    }
-
-    /// It goes anywhere but to this network, in the same family.
-    pub(in crate::net) fn not_to(self, network: Address) -> Self {
-        self.address(network, NOT_EQUAL, [16, 24])
+        self.address(network, [16, 24])
     }
 
     /// It comes from this network.
     pub(in crate::net) fn from(self, network: Address) -> Self {
-        self.address(network, EQUAL, [12, 8])
+        self.address(network, [12, 8])
     }
 
     /// It goes to an address of this host.
@@ -146,6 +144,13 @@ impl Rule {
     pub(in crate::net) fn begins(self) -> Self {
         self.expression("ct", |ct| number(number(ct, NFTA_CT_DREG, FIRST), NFTA_CT_KEY, NFT_CT_STATE))
             .mask(&CT_KNOWN.to_ne_bytes())
+            .compare(EQUAL, &[0; 4])
+    }
+
+    /// Its destination was not changed.
+    pub(in crate::net) fn not_sent_elsewhere(self) -> Self {
+        self.expression("ct", |ct| number(number(ct, NFTA_CT_DREG, FIRST), NFTA_CT_KEY, NFT_CT_STATUS))
+            .mask(&IPS_DST_NAT.to_ne_bytes())
             .compare(EQUAL, &[0; 4])
     }
 
@@ -237,18 +242,18 @@ impl Rule {
     }
 
     /// Compares an address of the header, at one offset in IPv4 and at another in IPv6.
-    fn address(self, network: Address, operator: u32, offsets: [u32; 2]) -> Self {
+    fn address(self, network: Address, offsets: [u32; 2]) -> Self {
+        let rule = self.meta(libc::NFT_META_NFPROTO).compare(EQUAL, &[family(network.ip)]);
+        if network.prefix == 0 {
+            return rule;
+        }
         let value = octets(network.ip);
         let [four, six] = offsets;
         let offset = if network.ip.is_ipv4() { four } else { six };
         let mask: Vec<u8> = (0..value.len()).map(|byte| mask_byte(network.prefix, byte)).collect();
         let masked: Vec<u8> = value.iter().zip(&mask).map(|(value, mask)| value & mask).collect();
         let length = u32::try_from(value.len()).unwrap_or_default();
-        self.meta(libc::NFT_META_NFPROTO)
-            .compare(EQUAL, &[family(network.ip)])
-            .payload(NETWORK_HEADER, offset, length)
-            .mask(&mask)
-            .compare(operator, &masked)
+        rule.payload(NETWORK_HEADER, offset, length).mask(&mask).compare(EQUAL, &masked)
     }
 }
 

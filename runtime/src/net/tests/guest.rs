@@ -14,6 +14,9 @@ const ARP: [u8; 2] = [0x08, 0x06];
 const IPV4: [u8; 2] = [0x08, 0x00];
 const UDP: u8 = 17;
 const SOON: Duration = Duration::from_secs(5);
+/// How often a question is asked, and how far apart.
+const ASKS: u32 = 20;
+const AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) type Mac = [u8; 6];
 
@@ -33,13 +36,22 @@ pub(super) struct Datagram {
 }
 
 impl Guest<'_> {
-    /// Asks who has an address.
+    /// Asks who has an address, more than once: a bridge that has just got its first port may still be deaf.
     pub(super) fn ask_for(&mut self, ip: Ipv4Addr) -> Mac {
-        self.send_arp([0xff; 6], 1, [0; 6], ip);
+        for _ in 0..ASKS {
+            self.send_arp([0xff; 6], 1, [0; 6], ip);
+            if let Some(mac) = self.next_answer(ip) {
+                return mac;
+            }
+        }
+        panic!("nobody has {ip}");
+    }
+
+    fn next_answer(&mut self, ip: Ipv4Addr) -> Option<Mac> {
         loop {
-            let frame = self.receive();
+            let frame = self.receive(AGAIN)?;
             if frame[12..14] == ARP && frame[20..22] == [0, 2] && frame[28..32] == ip.octets() {
-                return frame[22..28].try_into().unwrap();
+                return frame[22..28].try_into().ok();
             }
             self.answer_arp(&frame);
         }
@@ -48,7 +60,7 @@ impl Guest<'_> {
     /// Waits for a UDP datagram, answering what ARP asks meanwhile.
     pub(super) fn next_datagram(&mut self) -> Datagram {
         loop {
-            let frame = self.receive();
+            let frame = self.receive(SOON).expect("a frame comes");
             self.answer_arp(&frame);
             let ours = frame[12..14] == IPV4 && frame[23] == UDP && frame[30..34] == self.ip.octets();
             if ours && frame[..6] == self.mac {
@@ -91,16 +103,18 @@ impl Guest<'_> {
         assert_eq!(self.tap.write(&bytes).unwrap(), bytes.len());
     }
 
-    fn receive(&mut self) -> Vec<u8> {
+    fn receive(&mut self, patience: Duration) -> Option<Vec<u8>> {
         let mut bytes = vec![0; 2048];
         loop {
             match self.tap.read(&mut bytes) {
-                Ok(count) => return bytes[VNET_HEADER..count].to_vec(),
+                Ok(count) => return Some(bytes[VNET_HEADER..count].to_vec()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => panic!("cannot read the tap: {error}"),
             }
             let mut ready = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];
-            assert_eq!(poll(&mut ready, PollTimeout::try_from(SOON).unwrap()), Ok(1), "no frame came");
+            if poll(&mut ready, PollTimeout::try_from(patience).unwrap()).unwrap() == 0 {
+                return None;
+            }
         }
     }
 }

@@ -1,0 +1,320 @@
+//! Bridges of ours on the host, for machines that no engine connects: made with the first machine, removed with the
+//! last.
+//!
+//! Everything follows from the leases of machines that live: whoever comes or goes makes bridges and rules anew from
+//! them, under one lock. What a crash leaves is put right by the next one.
+
+mod lease;
+mod rules;
+mod subnet;
+
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mvm_protocol::Address;
+use nix::errno::Errno;
+
+pub use subnet::{NotASubnet, Subnet};
+
+use super::netlink::{AddressEntry, LinkEntry, Message, Netlink, RouteEntry};
+use super::nft::remove_table;
+use super::tap::{AnyTap, open_new_tap};
+use super::{OpenTap, Publish, mac_of};
+use crate::failure::{Context, Failure};
+use lease::{Entry, Lease, Ledger};
+
+/// Where the leases are.
+pub(super) const DIR: &str = "/run/mvm/net";
+/// The kernel picks a free number. Not the pattern of taps in pods, and not the name of a bridge.
+const TAP_NAME: &str = "mvmtap%d";
+/// Largest packet if the host has no default route whose link would say.
+const MTU: u32 = 1500;
+/// Lets the host pass packets on between its links.
+const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// What a bridge is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Guests reach everything the host reaches.
+    Nat,
+    /// Guests reach the host and each other.
+    HostOnly,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Nat, Self::HostOnly];
+
+    /// The bridge's name.
+    fn bridge(self) -> &'static str {
+        match self {
+            Self::Nat => "mvm0",
+            Self::HostOnly => "mvmhost",
+        }
+    }
+
+    /// Subnets to be tried, none of them a habit of other programs.
+    fn subnets(self) -> [&'static str; 3] {
+        match self {
+            Self::Nat => ["10.213.128.0/20", "172.29.208.0/20", "192.168.213.0/24"],
+            Self::HostOnly => ["10.213.144.0/20", "172.29.224.0/20", "192.168.214.0/24"],
+        }
+    }
+}
+
+/// What is asked of a bridge.
+#[derive(Clone, Debug)]
+pub(super) struct PortRequest<'a> {
+    /// Name of the machine.
+    pub(super) machine: &'a str,
+    pub(super) kind: Kind,
+    /// The bridge's subnet, if it matters.
+    pub(super) subnet: Option<Subnet>,
+    pub(super) mtu: Option<u16>,
+    pub(super) publish: &'a [Publish],
+}
+
+/// A machine's port on a bridge. Its address, ports and, if it is the last, the bridge go with it.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) tap: OpenTap,
+    pub(super) address: Address,
+    pub(super) gateway: Ipv4Addr,
+    dir: PathBuf,
+    lease: Option<Lease>,
+    _reserved: Vec<OwnedFd>,
+}
+
+impl Port {
+    /// Makes a port, and the bridge if there is none; the leases are in `dir`.
+    ///
+    /// # Errors
+    /// No rights, no free address, a published port that is in use, a subnet that the host uses otherwise.
+    pub(super) fn make(dir: &Path, request: &PortRequest<'_>) -> Result<Self, Failure> {
+        let reserved = request.publish.iter().map(Publish::reserve).collect::<Result<_, _>>()?;
+        let ledger = open(dir)?;
+        let leases = leases(&ledger, request.kind)?;
+        let made = Host::read().and_then(|host| {
+            let subnet = host.bridge(request, leases.is_empty())?;
+            let taken = |ip: &Ipv4Addr| leases.iter().any(|entry| entry.ip == *ip);
+            let ip = subnet.guests().find(|ip| !taken(ip)).ok_or_else(|| {
+                Failure::new(format!("every address of {subnet} is taken"))
+                    .help("name a wider subnet: --net nat:SUBNET")
+            })?;
+            // The same address always has the same card: nobody's memory of it is wrong.
+            let mac = mac_of(&format!("{}/{ip}", request.kind.bridge()));
+            let mtu = request.mtu.map_or_else(|| host.mtu(), u32::from);
+            let tap = plug(request.kind.bridge(), mac, mtu)?;
+            let entry = Entry { machine: request.machine.to_owned(), ip, ports: request.publish.to_vec() };
+            let lease = ledger
+                .lease(request.kind.bridge(), &entry)
+                .context(|| format!("cannot take the address {ip} in {}", dir.display()))?;
+            let (address, gateway) = (subnet.guest(ip), subnet.host_ip());
+            let dir = dir.to_path_buf();
+            Ok(Self { tap, address, gateway, dir, lease: Some(lease), _reserved: reserved })
+        });
+        // After a failure this undoes what was begun.
+        let settled = settle(&ledger);
+        drop(ledger);
+        let port = made?;
+        settled.map(|()| port)
+    }
+
+    fn give_back(&mut self) -> Result<(), Failure> {
+        let Some(lease) = self.lease.take() else { return Ok(()) };
+        let ledger = open(&self.dir)?;
+        ledger.give_back(lease).context(|| "cannot give a network address back".to_owned())?;
+        settle(&ledger)
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        if let Err(failure) = self.give_back() {
+            log::warn!("{}", failure.report());
+        }
+    }
+}
+
+/// Removes what machines that are gone left of bridges and rules.
+///
+/// # Errors
+/// No rights, or the kernel refuses.
+pub fn sweep() -> Result<(), Failure> {
+    if !Path::new(DIR).exists() {
+        return Ok(());
+    }
+    settle(&open(Path::new(DIR))?)
+}
+
+/// Makes a tap that is a port of a bridge, which may be anyone's. It goes away with its last user.
+///
+/// # Errors
+/// No rights, or there is no such bridge.
+pub(super) fn plug(
+    bridge: &str,
+    mac: mvm_devices::virtio::net::MacAddress,
+    mtu: u32,
+) -> Result<OpenTap, Failure> {
+    let Some(index) = Host::read()?.find(bridge)? else {
+        return Err(Failure::new(format!("there is no bridge {bridge}"))
+            .help("make one (ip link add NAME type bridge), or have mvm make its own: --net nat"));
+    };
+    let AnyTap { file, name } = open_new_tap(TAP_NAME)?;
+    let connect = || {
+        let mut kernel = Netlink::open()?;
+        let tap = nix::net::if_::if_nametoindex(name.as_str())?;
+        // Without IPv6 in the kernel there is nothing to keep quiet.
+        let _ = kernel.perform(Message::without_ipv6(tap));
+        kernel.perform(Message::set_bridge(tap, index))?;
+        kernel.perform(Message::raise(tap, Some(mtu)))
+    };
+    connect().context(|| format!("cannot connect a tap to bridge {bridge}"))?;
+    Ok(OpenTap { file: Arc::new(file), mac, mtu: u16::try_from(mtu).ok(), only_own_mac: true })
+}
+
+fn open(dir: &Path) -> Result<Ledger, Failure> {
+    Ledger::open(dir).context(|| format!("cannot use {} for leases", dir.display()))
+}
+
+fn leases(ledger: &Ledger, kind: Kind) -> Result<Vec<Entry>, Failure> {
+    ledger.leases(kind.bridge()).context(|| format!("cannot read the leases of {}", kind.bridge()))
+}
+
+/// Makes rules follow from leases, and removes bridges without any.
+fn settle(ledger: &Ledger) -> Result<(), Failure> {
+    let mut rules = rules::Rules::default();
+    let host = Host::read()?;
+    for kind in Kind::ALL {
+        let leases = leases(ledger, kind)?;
+        let Some(index) = host.find(kind.bridge())? else { continue };
+        match host.subnet(index) {
+            Some(subnet) if !leases.is_empty() => rules.add(kind, subnet, &leases),
+            _ => remove_bridge(kind, index)?,
+        }
+    }
+    if rules.is_empty() {
+        return remove_table(rules::TABLE).context(|| "cannot remove the rules of nftables".to_owned());
+    }
+    rules.install()
+}
+
+fn remove_bridge(kind: Kind, index: u32) -> Result<(), Failure> {
+    match Netlink::open().and_then(|mut kernel| kernel.perform(Message::remove_link(index))) {
+        Err(Errno::ENODEV) => Ok(()),
+        result => result.context(|| format!("cannot remove bridge {}", kind.bridge())),
+    }
+}
+
+/// The host's network as it is.
+struct Host {
+    links: Vec<LinkEntry>,
+    addresses: Vec<AddressEntry>,
+    routes: Vec<RouteEntry>,
+}
+
+impl Host {
+    fn read() -> Result<Self, Failure> {
+        let read = || {
+            let mut kernel = Netlink::open()?;
+            Ok::<_, Errno>(Self {
+                links: kernel.list(Message::links(), LinkEntry::parse)?,
+                addresses: kernel.list(Message::addresses(), AddressEntry::parse)?,
+                routes: kernel.list(Message::routes(), RouteEntry::parse)?,
+            })
+        };
+        read().context(|| "cannot read the host's network".to_owned())
+    }
+
+    /// The number of a bridge, if it is there.
+    fn find(&self, name: &str) -> Result<Option<u32>, Failure> {
+        match self.links.iter().find(|link| link.name == name) {
+            None => Ok(None),
+            Some(link) if link.kind == "bridge" => Ok(Some(link.index)),
+            Some(_) => Err(Failure::new(format!("{name} is not a bridge"))),
+        }
+    }
+
+    fn subnet(&self, index: u32) -> Option<Subnet> {
+        self.addresses.iter().filter(|it| it.index == index).find_map(|it| Subnet::around(it.address))
+    }
+
+    /// What the way out of the host can carry.
+    fn mtu(&self) -> u32 {
+        let default = self.routes.iter().filter(|route| route.ipv4 && route.destination.is_none());
+        let link = default.min_by_key(|route| route.metric).map(|route| route.index);
+        self.links.iter().find(|it| Some(it.index) == link).map_or(MTU, |link| link.mtu)
+    }
+
+    /// The subnet of the bridge that is asked for, which is made if it is not there or nobody's.
+    fn bridge(&self, request: &PortRequest<'_>, unused: bool) -> Result<Subnet, Failure> {
+        let (kind, name) = (request.kind, request.kind.bridge());
+        let present = self.find(name)?;
+        if let Some(index) = present.filter(|_| !unused)
+            && let Some(subnet) = self.subnet(index)
+        {
+            return match request.subnet {
+                Some(wanted) if wanted != subnet => {
+                    Err(Failure::new(format!("bridge {name} has {subnet}, not {wanted}"))
+                        .help("leave the subnet out, or end the machines that use it"))
+                }
+                _ => Ok(subnet),
+            };
+        }
+        if let Some(index) = present {
+            remove_bridge(kind, index)?;
+        }
+        let subnet = self.choose(request, present)?;
+        make_bridge(name, subnet).context(|| format!("cannot make bridge {name}"))?;
+        switch_on(kind).map(|()| subnet)
+    }
+
+    /// A subnet that the host does not know yet; `own` is the bridge that is about to go.
+    fn choose(&self, request: &PortRequest<'_>, own: Option<u32>) -> Result<Subnet, Failure> {
+        let known = |subnet: Subnet| {
+            let others = self.routes.iter().filter(|route| Some(route.index) != own);
+            others.filter_map(|route| route.destination).find(|network| subnet.overlaps(*network))
+        };
+        if let Some(wanted) = request.subnet {
+            return match known(wanted) {
+                None => Ok(wanted),
+                Some(network) => Err(Failure::new(format!(
+                    "the host already has a route to {}/{}, which {wanted} overlaps",
+                    network.ip, network.prefix
+                ))),
+            };
+        }
+        let mut candidates = request.kind.subnets().into_iter().filter_map(|text| text.parse().ok());
+        candidates.find(|subnet| known(*subnet).is_none()).ok_or_else(|| {
+            Failure::new("the host has routes to every subnet that would be tried for a bridge")
+                .help("name one: --net nat:SUBNET")
+        })
+    }
+}
+
+fn make_bridge(name: &str, subnet: Subnet) -> nix::Result<()> {
+    let mut kernel = Netlink::open()?;
+    kernel.perform(Message::new_bridge(name, mac_of(name).bytes()))?;
+    let index = nix::net::if_::if_nametoindex(name)?;
+    let _ = kernel.perform(Message::without_ipv6(index));
+    kernel.perform(Message::add_address(index, subnet.host()))?;
+    kernel.perform(Message::raise(index, None))
+}
+
+/// Has the kernel pass packets on, and take those from its loopback to published ports. The rules see to it that
+/// guests do not reach the loopback that way.
+fn switch_on(kind: Kind) -> Result<(), Failure> {
+    if kind != Kind::Nat {
+        return Ok(());
+    }
+    let set = |path: &str| -> io::Result<()> {
+        if fs::read_to_string(path)?.trim() == "1" { Ok(()) } else { fs::write(path, "1") }
+    };
+    for path in [IP_FORWARD, &format!("/proc/sys/net/ipv4/conf/{}/route_localnet", kind.bridge())] {
+        set(path).context(|| format!("cannot switch {path} on"))?;
+    }
+    Ok(())
+}

@@ -123,7 +123,7 @@ fn interface() {
     let mut vm = TestVm::new().boot();
     vm.sh(PREPARE);
     let mac = "02:00:00:00:00:77".parse().expect("an address");
-    let net = OpenTap { file: std::sync::Arc::new(tap), mac, mtu: Some(1400) };
+    let net = OpenTap { file: std::sync::Arc::new(tap), mac, mtu: Some(1400), only_own_mac: false };
     let attached = vm.container.machine.control().attach_net(&net);
     let number = attached.unwrap_or_else(|failure| panic!("{}", failure.report())).device;
     vm.sh(RESCAN);

@@ -44,7 +44,8 @@ pub(super) fn resolve(blobs: &Blobs, wanted: Option<&Wanted>, choice: &Choice<'_
     });
     let stored: Vec<_> = stored.collect();
     let (config, layers) = configuration(blobs, &chosen.config, &digest, stored.into_iter())?;
-    Ok(Resolved { name: chosen.tags().first().map(|tag| (*tag).to_owned()), config, layers })
+    let name = chosen.tags().first().map(|tag| (*tag).to_owned());
+    Ok(Resolved { name, digest: None, config, layers })
 }
 
 impl Image {

@@ -155,6 +155,14 @@ pub enum Error {
     /// The file system image could not be made.
     #[error("cannot build the file system image")]
     Erofs(#[from] erofs::Error),
+    /// Text that names no image.
+    #[error("{name} is no name of an image: {reason}")]
+    Name {
+        /// What was given.
+        name: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// No cached image by that name.
     #[error("no cached image {wanted}")]
     NotCached {

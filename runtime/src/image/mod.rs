@@ -18,6 +18,7 @@ mod host_xattr;
 mod layer;
 pub mod limits;
 mod merge;
+mod name;
 mod oci;
 mod packed;
 mod pax;
@@ -32,6 +33,7 @@ mod tarball;
 
 pub use config::ImageConfig;
 pub use error::{Error, Result};
+pub use name::full_name;
 pub use progress::{Phase, Progress};
 pub use source::{Format, Key, Source, Stability};
-pub use store::{Cached, Image, Keep, Pruned, Rootfs, Store};
+pub use store::{Cached, Image, Keep, Pruned, Removed, Rootfs, Store};

@@ -81,6 +81,7 @@ struct RootFs {
 #[derive(Debug)]
 pub(super) struct Resolved {
     pub(super) name: Option<String>,
+    pub(super) digest: Option<String>,
     pub(super) config: ImageConfig,
     pub(super) layers: Vec<Layer>,
 }
@@ -103,10 +104,10 @@ pub(super) fn resolve(blobs: &Blobs, wanted: Option<&Wanted>, choice: &Choice<'_
         }
     }
     let chosen = choice.only(fitting, &named)?;
-    let name = chosen.name();
+    let (name, digest) = (chosen.name(), Some(chosen.digest.clone()));
     let (config, layers) = manifest(blobs, chosen)?;
     let (config, layers) = image(blobs, &config, layers)?;
-    Ok(Resolved { name, config, layers })
+    Ok(Resolved { name, digest, config, layers })
 }
 
 /// Follows a descriptor through indexes to a manifest for this platform.

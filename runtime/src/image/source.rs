@@ -54,6 +54,9 @@ pub enum Stability {
 pub struct Source {
     path: PathBuf,
     name: Option<String>,
+    /// The name was given to it here, and is not just what the image calls itself.
+    named: bool,
+    digest: Option<String>,
     format: Format,
     config: ImageConfig,
     content: Content,
@@ -146,7 +149,15 @@ impl Source {
     ) -> Result<Self> {
         directories.iter().try_for_each(|directory| refuse_host_root(directory))?;
         let content = Content::Directories(directories, stability);
-        Ok(Self { path, name: None, format, config: ImageConfig::default(), content })
+        Ok(Self {
+            path,
+            name: None,
+            named: false,
+            digest: None,
+            format,
+            config: ImageConfig::default(),
+            content,
+        })
     }
 
     /// Where it was found.
@@ -157,6 +168,22 @@ impl Source {
     /// Its name, if it has one.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
+    }
+
+    /// Gives it a name, which no other image in a store has then.
+    #[must_use]
+    pub fn named(self, name: String) -> Self {
+        Self { name: Some(name), named: true, ..self }
+    }
+
+    /// Whether its name was given by [`Self::named`].
+    pub(super) fn is_named(&self) -> bool {
+        self.named
+    }
+
+    /// Digest of its index or manifest, if it has one.
+    pub fn digest(&self) -> Option<&str> {
+        self.digest.as_deref()
     }
 
     /// How it is stored.
@@ -261,8 +288,8 @@ impl Source {
             Format::DockerArchive => docker::resolve(blobs, wanted.as_ref(), &choice),
             _ => oci::resolve(blobs, wanted.as_ref(), &choice),
         };
-        let Resolved { name, config, layers } = resolved?;
-        Ok(Self { path, name, format, config, content: Content::Layers(layers) })
+        let Resolved { name, digest, config, layers } = resolved?;
+        Ok(Self { path, name, named: false, digest, format, config, content: Content::Layers(layers) })
     }
 }
 

@@ -10,8 +10,10 @@
 //!
 //! Who uses a file system holds a shared lock on it, so that pruning leaves it.
 
+mod names;
 mod prune;
 
+pub use names::Removed;
 pub use prune::{Keep, Pruned};
 
 use std::fs::{self, DirBuilder, File};
@@ -80,6 +82,9 @@ pub struct Image {
     pub origin: PathBuf,
     /// How it was stored.
     pub format: Format,
+    /// Digest of its index or manifest, if it had one.
+    #[serde(default)]
+    pub digest: Option<String>,
     /// How to run it.
     pub config: ImageConfig,
 }
@@ -90,6 +95,7 @@ impl Image {
             name: source.name().map(str::to_owned),
             origin: source.path().to_owned(),
             format: source.format(),
+            digest: source.digest().map(str::to_owned),
             config: source.config().clone(),
         }
     }
@@ -126,28 +132,42 @@ impl Store {
         {
             return Ok(Rootfs { config: image.config, ..found });
         }
-        let _lock = self.lock(&hex, progress)?;
+        let lock = self.lock(&hex, progress)?;
         // Whoever held the lock may have built it.
         if let Some((found, mut record)) = self.find(&hex)? {
             record.images.retain(|other| (&other.name, &other.origin) != (&image.name, &image.origin));
             record.images.insert(0, image.clone());
             record.images.truncate(MAX_IMAGES);
             self.replace_record(&hex, &record)?;
+            drop(lock);
+            self.claim_name(source, &hex)?;
             return Ok(Rootfs { config: image.config, ..found });
         }
         self.build(&key, source, progress)?;
+        drop(lock);
+        self.claim_name(source, &hex)?;
         let path = self.path(&hex, "erofs");
         let unreadable = || Error::Open { path, source: io::ErrorKind::InvalidData.into() };
         let (found, _) = self.find(&hex)?.ok_or_else(unreadable)?;
         Ok(Rootfs { config: image.config, built: true, ..found })
     }
 
-    /// A file system that is in the store, by its image's name, or by its key or the beginning of it.
+    /// A name that was given to an image is its alone.
+    fn claim_name(&self, source: &Source, key: &str) -> Result<()> {
+        match source.name().filter(|_| source.is_named()) {
+            Some(name) => self.take_name(name, key),
+            None => Ok(()),
+        }
+    }
+
+    /// A file system that is in the store, by its image's name, or by its digest or key or the beginning
+    /// of one.
     pub fn get(&self, wanted: &str) -> Result<Rootfs> {
         let key = self.one(wanted)?.key;
         let (found, record) =
             self.find(&key)?.ok_or_else(|| Error::NotCached { wanted: wanted.to_owned() })?;
-        let named = record.images.into_iter().find(|image| image.name.as_deref() == Some(wanted));
+        let called = |image: &Image| image.name.as_deref().is_some_and(|name| names::is_called(name, wanted));
+        let named = record.images.into_iter().find(called);
         Ok(match named {
             Some(image) => Rootfs { config: image.config, ..found },
             None => found,
@@ -162,14 +182,6 @@ impl Store {
         Ok(list)
     }
 
-    /// Removes a file system, named as for [`Self::get`]. Machines that use it keep it.
-    pub fn remove(&self, wanted: &str) -> Result<Cached> {
-        let found = self.one(wanted)?;
-        let _lock = self.lock(&found.key, &mut ())?;
-        remove_entry(self, &found.key)?;
-        Ok(found)
-    }
-
     /// Removes what builders that died have left. Those that live are not disturbed.
     pub fn sweep(&self) -> Result<()> {
         for key in self.keys("tmp")?.into_iter().chain(self.keys("new")?) {
@@ -180,19 +192,6 @@ impl Store {
             }
         }
         Ok(())
-    }
-
-    fn one(&self, wanted: &str) -> Result<Cached> {
-        let is_key = |cached: &Cached| !wanted.is_empty() && cached.key.starts_with(wanted);
-        let is_name =
-            |cached: &Cached| cached.images.iter().any(|image| image.name.as_deref() == Some(wanted));
-        let mut fitting = self.list()?;
-        fitting.retain(|cached| is_key(cached) || is_name(cached));
-        match fitting.len() {
-            1 => Ok(fitting.swap_remove(0)),
-            0 => Err(Error::NotCached { wanted: wanted.to_owned() }),
-            count => Err(Error::Ambiguous { wanted: wanted.to_owned(), count }),
-        }
     }
 
     /// Keys of all files with an extension.

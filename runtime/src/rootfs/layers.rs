@@ -146,7 +146,7 @@ impl Builder<'_> {
 
     /// Makes room for what came in.
     fn finish(self) {
-        let keep = Keep { bytes: Some(CACHE_BYTES), unused: None, only_with_origin: true };
+        let keep = Keep { bytes: Some(CACHE_BYTES), only_with_origin: true, ..Keep::default() };
         if let Some(Err(error)) = self.shared.filter(|_| self.built).map(|store| store.prune(&keep)) {
             log::warn!("cannot make room in the cache of layers: {error}");
         }

@@ -5,6 +5,7 @@
 mod directories;
 mod formats;
 mod hostile;
+mod names;
 mod store;
 #[path = "../support/mod.rs"]
 mod support;

@@ -89,7 +89,7 @@ fn a_listing_shows_what_can_be_removed() {
     assert_eq!(store.get("two:1").unwrap().config.cmd, ["run", "two:1"]);
     assert!(matches!(store.get("three").unwrap_err(), Error::NotCached { .. }));
     assert!(matches!(store.remove("").unwrap_err(), Error::NotCached { .. }));
-    assert_eq!(store.remove(&rootfs.key[..12]).unwrap().key, rootfs.key);
+    assert_eq!(store.remove(&rootfs.key[..12]).unwrap().cached.key, rootfs.key);
     assert_eq!(rootfs.file.metadata().unwrap().len(), rootfs.bytes, "who has it open keeps it");
     assert_eq!(store.list().unwrap().len(), 1);
     let left: Vec<_> = fs::read_dir(dir.path().join("store")).unwrap().collect();

@@ -13,8 +13,10 @@ use crate::image::error::{Error, Result};
 pub struct Keep {
     /// Most bytes on the host; the least recently used go until the rest fits.
     pub bytes: Option<u64>,
-    /// Longest time without use.
+    /// Only what was used less than this ago stays.
     pub unused: Option<Duration>,
+    /// File systems of images without a name go too.
+    pub named: bool,
     /// File systems of which everything they were made from is gone from the host go too.
     pub only_with_origin: bool,
 }
@@ -40,9 +42,10 @@ impl Store {
             let fits = keep.bytes.is_none_or(|most| kept_bytes.saturating_add(cached.disk_bytes) <= most);
             // A clock that was set back makes nothing old.
             let age = now.duration_since(cached.last_used).unwrap_or_default();
-            let fresh = keep.unused.is_none_or(|longest| age <= longest);
+            let fresh = keep.unused.is_none_or(|longest| age < longest);
             let rooted = !keep.only_with_origin || cached.images.iter().any(|image| image.origin.exists());
-            if fits && fresh && rooted {
+            let called = !keep.named || cached.images.iter().any(|image| image.name.is_some());
+            if fits && fresh && rooted && called {
                 kept_bytes = kept_bytes.saturating_add(cached.disk_bytes);
             } else if self.remove_unused(&cached)? {
                 pruned.freed_bytes = pruned.freed_bytes.saturating_add(cached.disk_bytes);

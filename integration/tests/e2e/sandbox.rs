@@ -21,6 +21,9 @@ use crate::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("a_container_of_a_default_specification_runs_and_is_executed_in", default_specification),
     ("a_container_has_the_user_the_rights_and_the_limits_it_was_given", confined),
+    ("containers_of_a_pod_come_and_go_and_share_what_they_should", pod),
+    ("a_container_is_paused_limited_anew_and_killed_for_memory", limited),
+    ("a_sandbox_without_a_container_and_one_that_dies_leave_nothing", ends),
 ];
 
 const PIPES: StdioSpec = StdioSpec::Pipes { stdin: true, stdout: true, stderr: true };
@@ -187,5 +190,126 @@ fn confined() {
         stats.files.iter().find(|(file, _)| file == name).map(|(_, text)| text.trim().to_owned())
     };
     assert!(find("memory.current").is_some(), "{:?}", stats.files);
+    fixture.end();
+}
+
+/// A specification of a container in the pod of process `pid`, which also shows `volumes` of the host.
+fn in_pod(name: &str, pid: u32, volumes: &[(&Path, &str, &str)]) -> (PathBuf, Spec) {
+    bundle(name, |spec| {
+        let shared = |kind: &str, file: &str| json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")});
+        spec["linux"]["namespaces"] = json!([
+            {"type": "pid"}, {"type": "mount"}, shared("ipc", "ipc"), shared("uts", "uts"), shared("network", "net")]);
+        let mounts = spec["mounts"].as_array_mut().expect("a list");
+        mounts.retain(|mount| mount["destination"] != "/dev/shm");
+        mounts.extend(volumes.iter().map(|(source, target, mode)| {
+            json!({"destination": target, "type": "bind", "source": source, "options": ["rbind", "rprivate", mode]})
+        }));
+    })
+}
+
+fn pod() {
+    let host = scratch().join("pod-volumes");
+    let (shm, secret) = (host.join("shm"), host.join("secret"));
+    let empty = host.join("volumes/kubernetes.io~empty-dir/cache");
+    let large = host.join("large");
+    for directory in [&shm, &secret, &empty, &large] {
+        fs::create_dir_all(directory).expect("a directory");
+    }
+    fs::write(secret.join("key"), "hidden").expect("a file");
+    fs::write(large.join("blob"), vec![b'x'; 3 << 20]).expect("a file");
+    fs::write(host.join("hosts"), "10.0.0.9 pod\n").expect("a file");
+    let (_, spec) = bundle("pod", |spec| spec["hostname"] = json!("badger"));
+    let fixture = Fixture::boot(&spec, true);
+    let pid = fixture.sandbox.pid();
+    assert_ne!(pid, 0);
+    let hosts = host.join("hosts");
+    let volumes: [(&Path, &str, &str); 5] = [
+        (&shm, "/dev/shm", "rw"),
+        (&secret, "/secret", "ro"),
+        (&empty, "/cache", "rw"),
+        (&large, "/large", "ro"),
+        (&hosts, "/etc/hosts", "rw"),
+    ];
+    let (first_bundle, first) = in_pod("pod-1", pid, &volumes);
+    let (second_bundle, second) = in_pod("pod-2", pid, &volumes);
+    fixture.create("first", &first_bundle, &first);
+    let init = unwrap(fixture.sandbox.start("first", &shell(&first, "read line; exit 4"), PIPES));
+    let script = "hostname; cat /secret/key /etc/hosts; head -c 3 /large/blob; echo one > /dev/shm/f; echo two > /cache/f; \
+                  touch /secret/new 2>&1";
+    let (_, text) = fixture.run("first", &shell(&first, script));
+    assert!(text.starts_with("badger\nhidden10.0.0.9 pod\nxxx"), "{text}");
+    assert!(text.contains("Read-only file system"), "{text}");
+    for round in 0..2 {
+        fixture.create("second", &second_bundle, &second);
+        let (_, text) = fixture.run(
+            "second",
+            &shell(
+                &second,
+                "cat /dev/shm/f /cache/f /etc/hosts; head -c 2 /large/blob; ls -d /proc/[0-9]*; hostname",
+            ),
+        );
+        assert!(text.starts_with("one\ntwo\n10.0.0.9 pod\nxx/proc/1\n"), "{round}: {text}");
+        assert_eq!(text.matches("/proc/").count(), 2, "it sees the shell and ls alone: {text}");
+        unwrap(fixture.sandbox.remove("second"));
+    }
+    let link = |kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a process");
+    let own = fs::read_link("/proc/self/ns/net").expect("a process");
+    assert_ne!(link("net"), own, "the machine is in a name space of its own");
+    drop(init.stdin);
+    assert_eq!(unwrap(fixture.sandbox.wait(init.id)), ExitStatus::Code(4));
+    fixture.end();
+}
+
+fn limited() {
+    let (bundle, spec) = bundle("limited", |spec| {
+        spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20});
+    });
+    let fixture = Fixture::boot(&spec, false);
+    fixture.create("c1", &bundle, &spec);
+    let script = "while :; do echo x; read line; done";
+    let mut init = unwrap(fixture.sandbox.start("c1", &shell(&spec, script), PIPES));
+    let (mut stdin, mut stdout) =
+        (init.stdin.take().expect("asked for"), init.stdout.take().expect("asked for"));
+    let mut answer = [0; 2];
+    stdout.read_exact(&mut answer).expect("it says something");
+    unwrap(fixture.sandbox.pause("c1"));
+    stdin.write_all(b"go\n").expect("room");
+    stdout.set_read_timeout(Some(std::time::Duration::from_secs(2))).expect("a time");
+    assert!(stdout.read_exact(&mut answer).is_err(), "it runs although it is paused");
+    unwrap(fixture.sandbox.resume("c1"));
+    stdout.set_read_timeout(None).expect("a time");
+    stdout.read_exact(&mut answer).expect("it goes on");
+
+    assert_eq!(fixture.sandbox.memory_kills("c1"), 0);
+    let hog = "head -c 40000000 /dev/zero | busybox tail -c 30000000 | wc -c";
+    let (_, text) = fixture.run("c1", &shell(&spec, hog));
+    assert_ne!(text.trim(), "30000000", "the limit holds");
+    assert!(fixture.sandbox.memory_kills("c1") > 0);
+    let more = serde_json::from_value(json!({"memory": {"limit": 80 << 20}})).expect("resources");
+    unwrap(fixture.sandbox.update("c1", &more));
+    let (_, text) = fixture.run("c1", &shell(&spec, hog));
+    assert_eq!(text.trim(), "30000000");
+    drop(stdin);
+    unwrap(fixture.sandbox.signal(init.id, libc::SIGKILL, SignalTarget::Everyone));
+    assert_eq!(unwrap(fixture.sandbox.wait(init.id)), ExitStatus::Signal(9));
+    fixture.end();
+}
+
+fn ends() {
+    let (bundle, spec) = bundle("ends", |_| {});
+    Fixture::boot(&spec, false).end();
+    let fixture = Fixture::boot(&spec, false);
+    let (_, refused) =
+        self::bundle("refused", |spec| spec["hooks"] = json!({"prestart": [{"path": "/bin/true"}]}));
+    let failure = fixture.try_create("c1", &bundle, &refused).expect_err("hooks are refused");
+    assert!(failure.report().contains("hooks.prestart"), "{}", failure.report());
+    assert_eq!(fixture.sandbox.pid(), 0, "no machine was started for it");
+    fixture.create("c1", &bundle, &spec);
+    let init = unwrap(fixture.sandbox.start("c1", &shell(&spec, "read line"), PIPES));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(fixture.sandbox.pid()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it is there");
+    let how = fixture.sandbox.wait_machine();
+    assert!(how.contains("signal"), "{how}");
+    assert!(fixture.sandbox.wait(init.id).is_err(), "nobody can tell how it ended");
     fixture.end();
 }

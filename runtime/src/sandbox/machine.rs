@@ -15,6 +15,7 @@ use super::launcher::MachineLauncher;
 use super::member::Member;
 use super::shares::Shares;
 use super::stage::{Live, Stages};
+use super::wiring::Wiring;
 use crate::container::CMDLINE;
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
@@ -40,6 +41,9 @@ pub(super) struct MachineSandbox {
     pub(super) settings: Settings,
     pub(super) size: Size,
     netns: Netns,
+    /// Its cards, while it runs.
+    wiring: Mutex<Option<Wiring>>,
+    pod: bool,
     hostname: Option<String>,
     pub(super) stages: Arc<Stages>,
     /// Held while a container is made or removed: its disks and shares are one change.
@@ -59,6 +63,8 @@ impl MachineSandbox {
             settings,
             size: size(&request.spec, &settings, launcher.host),
             netns: Netns::of(&request.spec)?,
+            wiring: Mutex::default(),
+            pod: request.pod,
             hostname: request.spec.hostname().clone(),
             stages: Stages::new(),
             changing: Mutex::new(Shares::default()),
@@ -80,6 +86,7 @@ impl MachineSandbox {
     pub(super) fn start_machine(&self, disks: Vec<Disk>) -> Result<Arc<Live>, Failure> {
         let guest = GuestFiles::find()?;
         let initrd = guest.initrd(&self.state.join("guest"))?;
+        let mut wiring = Wiring::prepare(&self.netns, self.id.as_str())?;
         let plan = Plan {
             id: self.id.clone(),
             cpus: self.size.cpus,
@@ -88,7 +95,7 @@ impl MachineSandbox {
             initrd: Some(initrd),
             cmdline: CMDLINE.to_owned(),
             disks,
-            nets: Vec::new(),
+            nets: wiring.nets(),
             console: None,
             vsock: true,
             devices: Vec::new(),
@@ -99,9 +106,16 @@ impl MachineSandbox {
         // Whoever looks for the container's network looks where its process is.
         let mut machine = self.netns.run(move || prepared.start(Some(log)))??;
         let agent = machine.agent(self.identity(), AGENT_TIME)?;
-        let place = Configure { hostname: Some(self.hostname()), ..Default::default() };
+        let place = Configure { hostname: Some(self.hostname()), ..wiring.configure() };
         agent.configure(place).context(|| "cannot configure the guest".to_owned())?;
-        self.stages.start(machine, agent)
+        let live = self.stages.start(machine, agent)?;
+        wiring.follow(&self.stages, self.pod)?;
+        *self.wiring() = Some(wiring);
+        Ok(live)
+    }
+
+    fn wiring(&self) -> MutexGuard<'_, Option<Wiring>> {
+        self.wiring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn log(&self) -> Result<OwnedFd, Failure> {
@@ -140,6 +154,7 @@ impl MachineSandbox {
 
     /// Removes what the sandbox has on the host.
     pub(super) fn clean_up(&self) -> Result<(), Failure> {
+        drop(self.wiring().take());
         self.changing().clear();
         self.members().clear();
         match fs::remove_dir_all(&self.directory) {

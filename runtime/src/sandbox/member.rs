@@ -11,7 +11,7 @@ use super::shares::Shares;
 use super::stage::Live;
 use super::volumes::{Volumes, bring};
 use crate::failure::{Context, Failure};
-use crate::machine::Disk;
+use crate::machine::{DeviceName, Disk};
 use crate::rootfs::{self, LAYER_DISKS, Prepared, UPPER_BYTES, Upper};
 use crate::spec::{Profile, Settings, Translated, translate};
 
@@ -172,16 +172,37 @@ pub(super) fn remove(sandbox: &MachineSandbox, id: &str) -> Result<(), Failure> 
     detached
 }
 
-fn attach(_live: &Live, disks: &[Disk]) -> Result<(), Failure> {
-    match disks {
-        [] => Ok(()),
-        _ => Err(Failure::new("cannot attach disks to a running machine: not built in")),
+/// Attaches disks to a running machine and has the guest find them; none is left if one cannot be.
+fn attach(live: &Live, disks: &[Disk]) -> Result<(), Failure> {
+    let control = live.machine().control().clone();
+    let mut attached = Vec::new();
+    let mut made = Ok(());
+    for disk in disks {
+        made = control.attach_disk(disk).map(drop);
+        if made.is_err() {
+            break;
+        }
+        attached.push(disk.serial.clone());
     }
+    if made.is_ok() && !disks.is_empty() {
+        made = live.agent.rescan().context(|| "cannot have the guest look for new disks".to_owned());
+    }
+    if made.is_err() {
+        let _ = detach(live, &attached);
+    }
+    made
 }
 
+/// Detaches disks that nothing is mounted from. One that the guest does not let go of is pulled out.
 fn detach(live: &Live, serials: &[String]) -> Result<(), Failure> {
-    let _ = (live, serials);
-    Ok(())
+    let control = live.machine().control().clone();
+    let mut result = Ok(());
+    for serial in serials {
+        let let_go = live.agent.eject(serial).is_ok();
+        let detached = control.detach(DeviceName::Serial(serial.clone()), !let_go);
+        result = result.and(detached);
+    }
+    result
 }
 
 /// A container's name in the guest: its id, or where the agent would not take that, one made of it.

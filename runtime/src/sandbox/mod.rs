@@ -12,6 +12,7 @@ mod member;
 mod shares;
 mod stage;
 mod volumes;
+mod wiring;
 
 pub use launcher::MachineLauncher;
 

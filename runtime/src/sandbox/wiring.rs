@@ -1,0 +1,124 @@
+//! A machine's place in its network name space: cards for the links there are, one kept for a link that comes late.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mvm_protocol::Configure;
+
+use super::stage::Stages;
+use crate::failure::{Context, Failure};
+use crate::machine::Control;
+use crate::net::{
+    Net, Netns, Network, PortForward, SpareTap, Twin, Watch, forward_localhost, mac_of, scan, twin, watch,
+};
+
+/// The machine's cards and what keeps them up to date. Undone when dropped.
+#[derive(Debug)]
+pub(super) struct Wiring {
+    netns: Netns,
+    /// What there was when the machine was started.
+    known: Network,
+    cards: Arc<Mutex<Cards>>,
+    _watch: Option<Watch>,
+    _forward: Option<PortForward>,
+}
+
+/// The taps of a machine's cards.
+#[derive(Debug, Default)]
+struct Cards {
+    /// Those that stand for a link.
+    twins: Vec<Twin>,
+    /// One that waits for a link.
+    spare: Option<SpareTap>,
+}
+
+impl Wiring {
+    /// Makes taps for the links of `netns`, or one in reserve for machine `id` if there is no network yet.
+    pub(super) fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
+        let known = scan(netns).context(|| format!("cannot read the network of {netns}"))?;
+        let cards = if known.is_usable() {
+            let twins = known.links.iter().map(|link| twin(netns, link)).collect::<Result<_, _>>()?;
+            Cards { twins, spare: None }
+        } else {
+            Cards { twins: Vec::new(), spare: Some(SpareTap::make(netns, mac_of(id))?) }
+        };
+        let cards = Arc::new(Mutex::new(cards));
+        Ok(Self { netns: netns.clone(), known, cards, _watch: None, _forward: None })
+    }
+
+    /// The cards the machine is started with.
+    pub(super) fn nets(&self) -> Vec<Net> {
+        let cards = self.cards.lock().unwrap_or_else(PoisonError::into_inner);
+        cards.twins.iter().map(Twin::net).chain(cards.spare.iter().map(SpareTap::net)).collect()
+    }
+
+    /// What the guest is told at first.
+    pub(super) fn configure(&self) -> Configure {
+        if self.known.is_usable() { self.known.configure() } else { Configure::default() }
+    }
+
+    /// From now on the guest follows what changes; connections to localhost in the name space reach it if `forward`.
+    pub(super) fn follow(&mut self, stages: &Arc<Stages>, forward: bool) -> Result<(), Failure> {
+        let (netns, cards, told) = (self.netns.clone(), Arc::clone(&self.cards), Arc::clone(stages));
+        let report = move |network: Network| {
+            let mut cards = cards.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(failure) = cards.follow(&netns, network, &told) {
+                log::warn!("{}", failure.report());
+            }
+        };
+        self._watch = Some(watch(&self.netns, self.known.clone(), report)?);
+        if forward {
+            let told = Arc::clone(stages);
+            let connect = move |port| {
+                let live = told.live().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?;
+                live.agent.forward(port).map_err(io::Error::other)
+            };
+            match forward_localhost(&self.netns, connect) {
+                Ok(forward) => self._forward = Some(forward),
+                Err(failure) => log::warn!("no port is forwarded into {}: {}", self.netns, failure.report()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Cards {
+    /// Gives the guest a card for each link that is new, and tells it of everything.
+    fn follow(&mut self, netns: &Netns, mut network: Network, stages: &Stages) -> Result<(), Failure> {
+        let Some(live) = stages.live() else { return Ok(()) };
+        if !network.is_usable() {
+            return Ok(());
+        }
+        self.twins.retain(|twin| network.links.iter().any(|link| link.name == twin.link()));
+        let control = live.machine().control().clone();
+        let mut attached = false;
+        for link in &mut network.links {
+            if self.twins.iter().any(|twin| twin.link() == link.name) {
+                continue;
+            }
+            let made = match self.spare.take() {
+                Some(spare) => spare.connect(link)?,
+                None => {
+                    attached = true;
+                    plug(&control, twin(netns, link)?)?
+                }
+            };
+            link.mac = made.mac();
+            self.twins.push(made);
+        }
+        if attached {
+            live.agent.rescan().context(|| "cannot have the guest look for its new card".to_owned())?;
+        }
+        live.agent
+            .configure(network.configure())
+            .context(|| "cannot tell the guest of its network".to_owned())
+    }
+}
+
+/// Gives a running machine the card of a twin.
+fn plug(control: &Control, twin: Twin) -> Result<Twin, Failure> {
+    if let Net::Open(tap) = twin.net() {
+        control.attach_net(&tap)?;
+    }
+    Ok(twin)
+}

@@ -10,6 +10,7 @@ mod files;
 mod hotplug;
 mod network;
 mod sandbox;
+mod surroundings;
 mod vsock;
 
 use std::ffi::OsString;
@@ -49,6 +50,7 @@ fn run() -> ExitCode {
         hotplug::TESTS,
         network::TESTS,
         sandbox::TESTS,
+        surroundings::TESTS,
         vsock::TESTS,
     ];
     let trials = trials.concat().into_iter().map(|(name, test)| {

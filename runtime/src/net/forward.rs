@@ -100,7 +100,7 @@ fn raise_loopback() -> nix::Result<()> {
 
 /// All of TCP to `network` goes to the listener, but what goes there anyway.
 fn redirection(network: Address, port: u16) -> Rule {
-    Rule::new().to(network).transport(Transport::Tcp).not_to_port(port).redirect(port)
+    Rule::new().to(network).transport(Transport::Tcp).not_for_port(port).redirect(port)
 }
 
 /// Accepts and starts a thread for each connection.

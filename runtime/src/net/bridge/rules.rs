@@ -78,15 +78,15 @@ impl Rules {
 fn publish(port: &Publish, guest: Ipv4Addr) -> Rule {
     let host = match port.address {
         Some(ip) => Rule::new().to(Address { ip: ip.into(), prefix: 32 }),
-        None => Rule::new().to(ANY).to_this_host(),
+        None => Rule::new().to(ANY).for_this_host(),
     };
     let to = SocketAddr::from((guest, port.guest));
-    host.transport(port.transport).to_port(port.host).send_to(to)
+    host.transport(port.transport).for_port(port.host).send_to(to)
 }
 
 /// A guest that comes to another's port, or its own, by way of the host is answered by way of the host.
 fn around(port: &Publish, guest: Ipv4Addr, subnet: Subnet, bridge: &str) -> Rule {
     let guest = Address { ip: guest.into(), prefix: 32 };
     let rule = Rule::new().from(subnet.address()).to(guest).goes_out_on(bridge);
-    rule.transport(port.transport).to_port(port.guest).masquerade()
+    rule.transport(port.transport).for_port(port.guest).masquerade()
 }

@@ -101,7 +101,7 @@ impl Rule {
     }
 
     /// It goes to an address of this host.
-    pub(in crate::net) fn to_this_host(self) -> Self {
+    pub(in crate::net) fn for_this_host(self) -> Self {
         self.expression("fib", |fib| {
             number(fib, NFTA_FIB_DREG, FIRST)
                 .attribute(NFTA_FIB_RESULT, &NFT_FIB_RESULT_ADDRTYPE.to_be_bytes())
@@ -111,12 +111,12 @@ impl Rule {
     }
 
     /// It goes to this port. The transport has been checked before.
-    pub(in crate::net) fn to_port(self, port: u16) -> Self {
+    pub(in crate::net) fn for_port(self, port: u16) -> Self {
         self.payload(TRANSPORT_HEADER, 2, 2).compare(EQUAL, &port.to_be_bytes())
     }
 
     /// It goes to any port but this.
-    pub(in crate::net) fn not_to_port(self, port: u16) -> Self {
+    pub(in crate::net) fn not_for_port(self, port: u16) -> Self {
         self.payload(TRANSPORT_HEADER, 2, 2).compare(NOT_EQUAL, &port.to_be_bytes())
     }
 

@@ -98,6 +98,13 @@ impl TestVm {
         self
     }
 
+    /// A port of the host that leads to one of the guest, as on the command line.
+    #[must_use]
+    pub fn publish(mut self, text: &str) -> Self {
+        self.request.net.publish.push(text.parse().expect("a port"));
+        self
+    }
+
     /// Sockets of the machine in this directory.
     #[must_use]
     pub fn sockets(mut self, dir: &Path) -> Self {

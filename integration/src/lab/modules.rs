@@ -12,7 +12,7 @@ const AT_BOOT: [&str; 8] =
     ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "kvm_amd", "tun", "loop"];
 /// At hand for whoever asks: the kernel itself, `modprobe`, or `ip link add type …`. An extra one costs 20 ms of boot,
 /// so nothing else is inserted.
-const ON_DEMAND: [&str; 42] = [
+const ON_DEMAND: [&str; 47] = [
     "crc32c_generic",
     "virtio_rng",
     "virtio_blk",
@@ -39,6 +39,11 @@ const ON_DEMAND: [&str; 42] = [
     "nft_chain_nat",
     "nft_masq",
     "nft_ct",
+    "nft_nat",
+    "nft_redir",
+    "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "nft_fib_inet",
     "nft_reject_inet",
     "nft_compat",
     "xt_MASQUERADE",

@@ -9,6 +9,7 @@ mod errors;
 mod files;
 mod hotplug;
 mod network;
+mod networks;
 mod sandbox;
 mod surroundings;
 mod vsock;
@@ -49,6 +50,7 @@ fn run() -> ExitCode {
         files::TESTS,
         hotplug::TESTS,
         network::TESTS,
+        networks::TESTS,
         sandbox::TESTS,
         surroundings::TESTS,
         vsock::TESTS,

@@ -15,7 +15,7 @@ use nix::{errno::Errno, unistd::Pid};
 
 use crate::{
     error::{Context, Error, Result},
-    sys,
+    kmsg, sys,
 };
 
 /// Where a guest has cgroup v2.
@@ -62,7 +62,11 @@ impl Cgroup {
             {
                 return Err(Error::Invalid(format!("{name:?} is no limit of a cgroup")));
             }
-            self.write(name, text).context(|| format!("cannot set {name} to {text:?}"))?;
+            match self.write(name, text) {
+                // A kernel that lacks the file has no such limit, and nothing of what it would count.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && asks_nothing(name, text) => {}
+                written => written.context(|| format!("cannot set {name} to {text:?}"))?,
+            }
         }
         Ok(())
     }
@@ -142,6 +146,25 @@ impl Cgroup {
     }
 }
 
+/// Whether a limit is none, or one of swap where there is no swap.
+fn asks_nothing(name: &str, text: &str) -> bool {
+    text == "max" || (name == "memory.swap.max" && text == "0")
+}
+
+/// Removes a cgroup and those that were made in it; it has no processes.
+fn remove(path: &Path) -> io::Result<()> {
+    if let Err(error) = fs::remove_dir(path)
+        && error.raw_os_error() == Some(libc::EBUSY)
+    {
+        for inner in fs::read_dir(path)?.flatten().filter(|it| it.file_type().is_ok_and(|kind| kind.is_dir()))
+        {
+            remove(&inner.path())?;
+        }
+        return fs::remove_dir(path);
+    }
+    Ok(())
+}
+
 /// What a container's statistics are made of.
 const STATS: [&str; 18] = [
     "memory.current",
@@ -180,7 +203,9 @@ fn oom_kills(events: &[u8]) -> Option<u64> {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.path);
+        if let Err(error) = remove(&self.path) {
+            kmsg::say(&format!("cannot remove {}: {error}", self.path.display()));
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{
     ffi::CString,
     fs,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use mvm_protocol::{
@@ -111,10 +111,31 @@ fn spot(tree: BorrowedFd<'_>, path: &str, make: bool) -> nix::Result<Spot> {
     Ok(Spot { directory, name: CString::new(name).map_err(|_| Errno::EINVAL)? })
 }
 
+/// Which mount a descriptor is of.
+fn mount_id(fd: BorrowedFd<'_>) -> nix::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).map_err(|_| Errno::EIO)?;
+    let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    id.and_then(|id| id.trim().parse().ok()).ok_or(Errno::EIO)
+}
+
+/// Refuses to replace or remove what something is mounted on: from outside the container's mount name space
+/// the kernel would let it happen, and take the mount away.
+fn check_replaceable(directory: BorrowedFd<'_>, name: &CString) -> nix::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    match openat(directory, name.as_c_str(), flags, Mode::empty()) {
+        Ok(there) if mount_id(there.as_fd())? != mount_id(directory)? => Err(Errno::EBUSY),
+        Ok(_) | Err(Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
 fn put_entry(spot: &Spot, entry: &PutEntry) -> nix::Result<()> {
     let mode = Mode::from_bits_truncate(entry.mode & 0o7777);
     let (uid, gid) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
     let Spot { directory, name } = spot;
+    if entry.content != PutContent::Directory {
+        check_replaceable(directory.as_fd(), name)?;
+    }
     match &entry.content {
         PutContent::Directory => {
             match mkdirat(directory, name.as_c_str(), mode) {
@@ -192,6 +213,7 @@ fn remove(directory: BorrowedFd<'_>, name: &CString, depth: usize) -> nix::Resul
     if depth >= MAX_DEPTH {
         return Err(Errno::ELOOP);
     }
+    check_replaceable(directory, name)?;
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mut inner = Dir::openat(directory, name.as_c_str(), flags, Mode::empty())?;
     let names: Vec<CString> = names_in(&mut inner).collect::<nix::Result<_>>()?;

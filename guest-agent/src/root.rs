@@ -40,6 +40,8 @@ pub(crate) struct Root {
     pub(crate) cgroup: Option<Cgroup>,
     /// How its /proc is mounted for a PID name space.
     pub(crate) proc: Option<Proc>,
+    /// Where it has mounts of its own.
+    mounts: Vec<String>,
     /// A process has mounted /proc.
     pub(crate) has_proc: bool,
     /// It is being removed.
@@ -108,11 +110,20 @@ impl Root {
             cgroup: own.cgroup.or(joined.cgroup),
             mount: own.mount,
         };
-        Ok(Self { spaces, directory, bare, cgroup, proc, has_proc: false, leaving: false })
+        let mounts = surroundings.mounts.iter().map(|mount| mount.target.clone()).collect();
+        Ok(Self { spaces, directory, bare, cgroup, proc, mounts, has_proc: false, leaving: false })
     }
 
-    /// Writes a small file of the root file system, replacing what is there.
+    /// Writes a small file of the root file system, replacing what is there. One that the container has mounted
+    /// something over stays as it is: it could not be seen, and to replace it would take the mount away.
     pub(crate) fn write_file(&self, path: &str, text: &str) -> Result<()> {
+        let covers = |target: &String| {
+            let below = format!("/{path}/");
+            below.strip_prefix(target.trim_end_matches('/')).is_some_and(|rest| rest.starts_with('/'))
+        };
+        if self.mounts.iter().any(covers) {
+            return Ok(());
+        }
         write_in_root(self.bare.as_fd(), path, text).context(|| format!("cannot write /{path} in the root"))
     }
 }

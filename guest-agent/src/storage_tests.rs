@@ -31,7 +31,7 @@ struct Guest {
     storage: Storage,
     kernel: Notebook,
     base: String,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// A guest with these disks: name and serial.
@@ -45,7 +45,7 @@ fn guest(disks: &[(&str, &str)]) -> Guest {
     }
     let text = base.to_str().unwrap().to_owned();
     let storage = Storage { patience: Duration::ZERO, ..Storage::new(base, sys_block, None) };
-    Guest { storage, kernel: Notebook::default(), base: text, _dir: dir }
+    Guest { storage, kernel: Notebook::default(), base: text, dir }
 }
 
 impl Guest {
@@ -172,4 +172,60 @@ fn mounts_before_one_that_fails_are_forgotten() {
     assert!(matches!(error, Error::System { errno: Errno::ENODEV, .. }));
     assert!(guest.storage.mounted.is_empty());
     assert!(guest.storage.disks.is_empty());
+}
+
+#[test]
+fn what_one_root_alone_needs_goes_with_it_and_the_rest_stays() {
+    let mut guest = guest(&[("vda", "shared"), ("vdb", "own")]);
+    let tmpfs = Writable::Tmpfs { size: 0 };
+    guest.storage.mount_root(&mut guest.kernel, "c1", &[erofs("own"), erofs("shared")], &tmpfs).unwrap();
+    guest.storage.mount_root(&mut guest.kernel, "c2", &[erofs("shared")], &tmpfs).unwrap();
+    guest.storage.release("c1");
+    let base = format!("{}/", guest.base);
+    let left: Vec<String> = guest.storage.mounted.iter().map(|it| it.replace(&base, "")).collect();
+    assert_eq!(left, ["d/1", "upper/c2", "root/c2"]);
+    assert!(matches!(guest.storage.eject("shared"), Err(Error::Busy(_))));
+    guest.storage.mount_root(&mut guest.kernel, "c1", &[erofs("own")], &tmpfs).unwrap();
+    assert!(guest.storage.mounted.contains(&format!("{base}d/2")), "a name of its own");
+    guest.storage.release("c1");
+    guest.storage.release("c2");
+    assert!(guest.storage.mounted.is_empty() && guest.storage.disks.is_empty());
+}
+
+#[test]
+fn a_disk_that_is_missing_is_looked_for_once_more_after_a_rescan() {
+    let mut guest = guest(&[("vda", "a")]);
+    let rescan = guest.dir.path().join("rescan");
+    guest.storage.rescan = Some(rescan.clone());
+    guest.mount_root(&[erofs("a")], Writable::No).unwrap();
+    assert!(!rescan.exists(), "it is there");
+    assert!(guest.mount_root(&[erofs("b")], Writable::No).is_err());
+    assert_eq!(fs::read_to_string(&rescan).unwrap(), "1");
+}
+
+#[test]
+fn the_function_that_carries_a_disk_is_ejected() {
+    let guest = guest(&[("vda", "a"), ("vdb", "b")]);
+    let devices = guest.dir.path().join("devices");
+    for (disk, function) in [("vda", "0000:00:05.0"), ("vdb", "0000:00:06.0")] {
+        fs::create_dir_all(devices.join(function).join("virtio1")).unwrap();
+        fs::write(devices.join(function).join("remove"), "").unwrap();
+        let device = guest.storage.sys_block.join(disk).join("device");
+        std::os::unix::fs::symlink(devices.join(function).join("virtio1"), device).unwrap();
+    }
+    guest.storage.eject("b").unwrap();
+    let written = |function: &str| fs::read_to_string(devices.join(function).join("remove")).unwrap();
+    assert_eq!((written("0000:00:05.0"), written("0000:00:06.0")), (String::new(), "1".to_owned()));
+    assert!(matches!(guest.storage.eject("c"), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn shared_paths_are_below_the_base_and_none_of_the_agents_own() {
+    let guest = guest(&[]);
+    let base = Path::new(&guest.base);
+    assert_eq!(guest.storage.shared("volumes/a").unwrap(), base.join("volumes/a"));
+    assert_eq!(guest.storage.shared(base.join("v").to_str().unwrap()).unwrap(), base.join("v"));
+    for bad in ["", "/", "/etc", "..", "a/../../b", "root/c1", "upper", "d/0"] {
+        assert!(guest.storage.shared(bad).is_err(), "{bad}");
+    }
 }

@@ -16,12 +16,13 @@ pub struct Surroundings {
     pub hostname: Option<String>,
     /// NIS domain name in its own UTS name space.
     pub domainname: Option<String>,
-    /// Mounts, in order. When there are none the agent makes its defaults: proc, dev, pts, shm, mqueue, sysfs
-    /// and cgroup.
+    /// Mounts, in order. When there are none the agent makes its defaults: proc, dev, pts, shm, mqueue and
+    /// sysfs.
     pub mounts: Vec<ContainerMount>,
     /// Device nodes besides the six every container has.
     pub devices: Vec<DeviceNode>,
-    /// Which devices may be used, in order, the last that fits decides. Empty allows those that exist.
+    /// Which devices may be used: the last that fits decides, for each kind of access; what none fits is denied,
+    /// but for the six devices every container has and its terminals. Empty allows those that exist.
     pub device_rules: Vec<DeviceRule>,
     /// Paths that read as empty.
     pub masked_paths: Vec<String>,
@@ -82,7 +83,8 @@ pub struct ContainerMount {
 pub enum ContainerSource {
     /// A file system without a device: `proc`, `tmpfs`, `devpts`, `mqueue`, `sysfs`, `cgroup2`.
     Filesystem(String),
-    /// A file or directory below `/run/mvm/` of the agent's name space, put there by [`crate::Request::Put`].
+    /// A file or directory below `/run/mvm/` of the agent's name space, by its path from there, put there by
+    /// [`crate::Request::Put`].
     Shared(String),
     /// A path of the container itself.
     Inside(String),
@@ -161,7 +163,7 @@ pub struct Confinement {
     pub umask: Option<u32>,
     /// A seccomp filter: `struct sock_filter` in the guest's byte order, eight bytes each. Empty is none.
     pub seccomp: Vec<u8>,
-    /// `SECCOMP_FILTER_FLAG_*`.
+    /// `SECCOMP_FILTER_FLAG_TSYNC`, `_LOG`, `_SPEC_ALLOW`; those that give a listener are refused.
     pub seccomp_flags: u64,
     /// I/O priority as ioprio_set(2) takes it.
     pub io_priority: Option<u32>,

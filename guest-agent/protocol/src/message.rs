@@ -56,11 +56,11 @@ pub enum Request {
     /// Make these mounts in the agent's own name space, in order, all or none.
     Mount(Vec<Mount>),
     /// Make a container's root file system and mount name space.
-    SetupRoot(SetupRoot),
+    SetupRoot(Box<SetupRoot>),
     /// Host name, network, resolver.
     Configure(Configure),
     /// Run a process. Answered with [`Reply::Started`] once its program runs.
-    Start(Start),
+    Start(Box<Start>),
     /// Send a signal. A process that has exited is [`FailureKind::NotFound`].
     Signal {
         /// The process, by the id it was started with.

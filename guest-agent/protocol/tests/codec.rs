@@ -11,7 +11,7 @@ fn text() -> impl Strategy<Value = String> {
 fn start() -> impl Strategy<Value = Request> {
     (any::<u64>(), vec(text(), 0..5), vec(text(), 0..5), text(), any::<[u64; 3]>(), any::<i16>()).prop_map(
         |(process, args, env, cwd, tokens, oom_score_adj)| {
-            Request::Start(Start {
+            Request::Start(Box::new(Start {
                 process,
                 root: (process % 2 == 0).then(|| cwd.clone()),
                 args,
@@ -25,10 +25,78 @@ fn start() -> impl Strategy<Value = Request> {
                 },
                 pid_namespace: PidNamespace::Join(tokens[1]),
                 oom_score_adj,
-                confinement: Confinement::default(),
-            })
+                confinement: confinement(tokens),
+            }))
         },
     )
+}
+
+fn confinement([a, b, c]: [u64; 3]) -> Confinement {
+    Confinement {
+        capabilities: (a % 2 == 0).then_some(Capabilities {
+            bounding: a,
+            effective: b,
+            ..Default::default()
+        }),
+        no_new_privileges: b % 2 == 0,
+        rlimits: vec![Rlimit { resource: 7, soft: a, hard: c }],
+        umask: Some(0o22),
+        seccomp: c.to_le_bytes().into(),
+        seccomp_flags: b,
+        io_priority: None,
+        scheduler: Some(Scheduler { policy: 0, nice: -5, priority: 0 }),
+    }
+}
+
+fn surroundings() -> impl Strategy<Value = Surroundings> {
+    (vec((text(), text(), any::<[u64; 2]>()), 0..4), vec((text(), text()), 0..4), any::<bool>()).prop_map(
+        |(mounts, pairs, read_only_root)| Surroundings {
+            namespaces: Namespaces {
+                ipc: Namespace::Own,
+                uts: Namespace::Of("pod".into()),
+                ..Default::default()
+            },
+            mounts: mounts
+                .into_iter()
+                .map(|(source, target, [flags, propagation])| ContainerMount {
+                    source: ContainerSource::Shared(source),
+                    data: target.clone(),
+                    target,
+                    flags,
+                    propagation,
+                })
+                .collect(),
+            device_rules: vec![DeviceRule {
+                allow: read_only_root,
+                kind: Some(DeviceKind::Block),
+                major: Some(8),
+                minor: None,
+                access: "rw".into(),
+            }],
+            masked_paths: pairs.iter().map(|(path, _)| path.clone()).collect(),
+            limits: Limits { files: pairs.clone() },
+            sysctls: pairs,
+            read_only_root,
+            ..Default::default()
+        },
+    )
+}
+
+fn put() -> impl Strategy<Value = Request> {
+    let content = prop_oneof![
+        Just(PutContent::Directory),
+        Just(PutContent::Remove),
+        text().prop_map(PutContent::Link),
+        (any::<u64>(), vec(any::<u8>(), 0..100), any::<bool>())
+            .prop_map(|(offset, bytes, last)| PutContent::File { offset, bytes, last }),
+    ];
+    (text(), vec((text(), any::<[u32; 3]>(), content), 0..4)).prop_map(|(root, entries)| {
+        let entries = entries
+            .into_iter()
+            .map(|(path, [mode, uid, gid], content)| PutEntry { path, mode, uid, gid, content })
+            .collect();
+        Request::Put(Put { place: Place::Root(root), entries })
+    })
 }
 
 fn request() -> impl Strategy<Value = Request> {
@@ -45,12 +113,25 @@ fn request() -> impl Strategy<Value = Request> {
             process,
             size: WindowSize { rows, columns }
         }),
-        (text(), vec(text(), 0..4)).prop_map(|(id, layers)| Request::SetupRoot(SetupRoot {
-            id,
-            lower: layers.into_iter().map(Lower::Directory).collect(),
-            writable: Writable::Tmpfs { size: 1 },
-            surroundings: Surroundings::default(),
+        put(),
+        (text(), vec((text(), text()), 0..4))
+            .prop_map(|(root, files)| Request::Update { root, limits: Limits { files } }),
+        (text(), any::<bool>()).prop_map(|(root, frozen)| Request::Freeze { root, frozen }),
+        (text(), text(), any::<u64>()).prop_map(|(name, path, offset)| Request::Get(Get {
+            place: Place::Shared(name),
+            path,
+            offset
         })),
+        (any::<u16>(), any::<u64>())
+            .prop_map(|(port, stream)| Request::Forward { port, stream: Token(stream) }),
+        (text(), vec(text(), 0..4), surroundings()).prop_map(
+            |(id, layers, surroundings)| Request::SetupRoot(Box::new(SetupRoot {
+                id,
+                lower: layers.into_iter().map(Lower::Directory).collect(),
+                writable: Writable::Tmpfs { size: 1 },
+                surroundings,
+            }))
+        ),
     ]
 }
 

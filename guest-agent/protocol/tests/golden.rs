@@ -92,22 +92,25 @@ fn requests() -> Vec<(&'static str, Request)> {
         ),
         (
             "setup-root",
-            Request::SetupRoot(SetupRoot {
+            Request::SetupRoot(Box::new(SetupRoot {
                 id: "c1".into(),
                 lower: vec![disk("layer0"), Lower::Directory("/run/mvm/disk/a".into())],
                 writable: Writable::Tmpfs { size: 1 << 26 },
                 surroundings: Surroundings::default(),
-            }),
+            })),
         ),
         ("configure", Request::Configure(configure())),
-        ("start-pipes", Request::Start(start(User::Named("nobody".into()), pipes, PidNamespace::New))),
+        (
+            "start-pipes",
+            Request::Start(Box::new(start(User::Named("nobody".into()), pipes, PidNamespace::New))),
+        ),
         (
             "start-terminal",
-            Request::Start(start(
+            Request::Start(Box::new(start(
                 User::Ids { uid: 1, gid: 2, groups: vec![3, 4] },
                 terminal,
                 PidNamespace::Join(8),
-            )),
+            ))),
         ),
         ("signal", Request::Signal { process: 9, signal: 15, target: SignalTarget::Everyone }),
         ("resize", Request::Resize { process: 9, size: WindowSize { rows: 50, columns: 132 } }),
@@ -117,6 +120,112 @@ fn requests() -> Vec<(&'static str, Request)> {
         ("stats", Request::Stats),
         ("sync", Request::Sync),
         ("shutdown", Request::Shutdown { mode: ShutdownMode::Reboot, grace_ms: 2000 }),
+    ]
+}
+
+fn surroundings() -> Surroundings {
+    let mount = |source| ContainerMount {
+        source,
+        target: "/proc".into(),
+        flags: 14,
+        propagation: 1 << 18,
+        data: "ro".into(),
+    };
+    Surroundings {
+        namespaces: Namespaces {
+            ipc: Namespace::Own,
+            uts: Namespace::Of("pod".into()),
+            cgroup: Namespace::Guest,
+        },
+        hostname: Some("otter".into()),
+        domainname: None,
+        mounts: vec![
+            mount(ContainerSource::Filesystem("proc".into())),
+            mount(ContainerSource::Shared("volumes/a".into())),
+            mount(ContainerSource::Inside("/dev/shm".into())),
+            mount(ContainerSource::Disk { serial: "d0".into(), filesystem: DiskFilesystem::Ext4 }),
+        ],
+        devices: vec![DeviceNode {
+            path: "/dev/fuse".into(),
+            kind: DeviceKind::Char,
+            major: 10,
+            minor: 229,
+            mode: 0o666,
+            uid: 1,
+            gid: 2,
+        }],
+        device_rules: vec![DeviceRule {
+            allow: true,
+            kind: Some(DeviceKind::Block),
+            major: None,
+            minor: Some(3),
+            access: "rwm".into(),
+        }],
+        masked_paths: vec!["/proc/kcore".into()],
+        read_only_paths: vec!["/proc/sys".into()],
+        read_only_root: true,
+        root_propagation: 1 << 19,
+        sysctls: vec![("net.core.somaxconn".into(), "1024".into())],
+        limits: Limits { files: vec![("memory.max".into(), "67108864".into())] },
+    }
+}
+
+fn confined() -> Start {
+    let sets = Capabilities { bounding: 1, effective: 2, inheritable: 3, permitted: 4, ambient: 5 };
+    let confinement = Confinement {
+        capabilities: Some(sets),
+        no_new_privileges: true,
+        rlimits: vec![Rlimit { resource: 7, soft: 1024, hard: u64::MAX }],
+        umask: Some(0o77),
+        seccomp: vec![6, 0, 0, 0, 0, 0, 0xff, 0x7f],
+        seccomp_flags: 2,
+        io_priority: Some(0x4007),
+        scheduler: Some(Scheduler { policy: 3, nice: -5, priority: 1 }),
+    };
+    let stdio = Stdio::Pipes { stdin: None, stdout: None, stderr: None };
+    Start { confinement, ..start(User::Named(String::new()), stdio, PidNamespace::Agent) }
+}
+
+fn container_requests() -> Vec<(&'static str, Request)> {
+    let root = || "c1".to_owned();
+    let entry = |content| PutEntry { path: "etc/a".into(), mode: 0o644, uid: 1, gid: 2, content };
+    let entries = vec![
+        entry(PutContent::Directory),
+        entry(PutContent::File { offset: 300, bytes: vec![1, 2, 3], last: true }),
+        entry(PutContent::Link("b".into())),
+        entry(PutContent::Remove),
+    ];
+    let set_up = SetupRoot {
+        id: root(),
+        lower: vec![],
+        writable: Writable::Whole { serial: "d0".into() },
+        surroundings: surroundings(),
+    };
+    vec![
+        ("setup-root-surroundings", Request::SetupRoot(Box::new(set_up))),
+        ("start-confined", Request::Start(Box::new(confined()))),
+        ("update", Request::Update { root: root(), limits: surroundings().limits }),
+        ("freeze", Request::Freeze { root: root(), frozen: true }),
+        ("root-stats", Request::RootStats { root: root() }),
+        ("remove-root", Request::RemoveRoot { root: root() }),
+        ("put", Request::Put(Put { place: Place::Shared("volumes/a".into()), entries })),
+        ("get", Request::Get(Get { place: Place::Root(root()), path: "etc/a".into(), offset: 7 })),
+        ("forward", Request::Forward { port: 8080, stream: Token(9) }),
+        ("rescan", Request::Rescan),
+        ("eject", Request::Eject { serial: "d0".into() }),
+    ]
+}
+
+fn container_replies() -> Vec<(&'static str, GuestMessage)> {
+    let response = |result| GuestMessage::Response { id: 300, result: Ok(result) };
+    let stats = RootStats { files: vec![("pids.max".into(), "max\n".into())], pids: vec![1, 70_000] };
+    let got = |content| response(Reply::Got(Got { mode: 0o100_644, uid: 1, gid: 2, size: 3, content }));
+    vec![
+        ("reply-root-stats", response(Reply::RootStats(stats))),
+        ("reply-got-file", got(GotContent::File(vec![1, 2, 3]))),
+        ("reply-got-directory", got(GotContent::Directory(vec!["a".into()]))),
+        ("reply-got-link", got(GotContent::Link("b".into()))),
+        ("reply-got-other", got(GotContent::Other)),
     ]
 }
 
@@ -188,8 +297,10 @@ impl Fixture {
 fn fixtures() -> Vec<Fixture> {
     let request = |(name, request)| Fixture::of(name, &HostMessage::Request { id: 1, request });
     let mut all = vec![Fixture::of("hello-ack", &hello_ack())];
-    all.extend(requests().into_iter().map(request));
-    all.extend(guest_messages().iter().map(|(name, message)| Fixture::of(name, message)));
+    all.extend(requests().into_iter().chain(container_requests()).map(request));
+    all.extend(
+        guest_messages().iter().chain(&container_replies()).map(|(name, message)| Fixture::of(name, message)),
+    );
     all
 }
 

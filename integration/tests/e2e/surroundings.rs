@@ -4,14 +4,15 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::mpsc;
 
-use mvm_integration::vm::{PATIENCE, TestVm, Vm, drain, spec};
+use mvm_integration::vm::{PATIENCE, TestVm, Vm, drain, scratch, spec, state};
 use mvm_protocol::{
     Capabilities, Confinement, ContainerMount, ContainerSource, DeviceKind, DeviceNode, DeviceRule,
     DiskFilesystem, ExitStatus, Get, GotContent, Limits, Lower, Namespace, Namespaces, PidNamespace, Place,
     Put, PutContent, PutEntry, Rlimit, SetupRoot, Surroundings, Writable,
 };
 use mvm_runtime::agent::{ProcessSpec, StdioSpec};
-use mvm_runtime::container::ROOT;
+use mvm_runtime::container::{ROOT, root_file_system};
+use mvm_runtime::machine::Disk;
 use nix::mount::MsFlags;
 
 use crate::Test;
@@ -23,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_containers_limits_hold_can_be_changed_and_are_reported", limits),
     ("a_frozen_container_stands_still_and_a_removed_one_is_gone", freeze_and_remove),
     ("files_and_ports_of_a_container_are_reached", files_and_ports),
+    ("disks_come_with_a_container_and_go_with_it", disks),
 ];
 
 const OUTPUT: StdioSpec = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
@@ -298,4 +300,32 @@ fn files_and_ports() {
     agent.rescan().expect("the bus is looked at");
     let error = agent.eject("root").expect_err("it is mounted");
     assert_eq!(error.to_string(), "the disk is mounted");
+}
+
+fn disks() {
+    let vm = TestVm::new().cpus(2).boot();
+    let agent = &vm.container.agent;
+    let directory = scratch().join("otter.root");
+    std::fs::create_dir_all(&directory).expect("a directory");
+    std::fs::write(directory.join("word"), "otter\n").expect("a file");
+    let image = root_file_system(&directory.display().to_string(), &state(), &mut ());
+    let path = image.unwrap_or_else(|failure| panic!("{}", failure.report())).path;
+    let disk = Disk { path, read_only: true, serial: "extra".to_owned(), throwaway: false };
+    for round in 0..2 {
+        let attached = vm.container.machine.control().attach_disk(&disk);
+        attached.unwrap_or_else(|failure| panic!("{}", failure.report()));
+        // Nobody has told the guest; its agent looks when it misses the disk.
+        let source = ContainerSource::Disk { serial: "extra".to_owned(), filesystem: DiskFilesystem::Erofs };
+        let mut mounts = usual_mounts();
+        mounts.push(ContainerMount { source, ..mount("", "/data", MsFlags::MS_RDONLY, "") });
+        set_up(&vm, "c", Surroundings { mounts, ..Default::default() });
+        assert_eq!(output(&vm, "c", "cat /data/word"), "otter\n", "{round}");
+        assert_eq!(agent.eject("extra").expect_err("it is mounted").to_string(), "the disk is mounted");
+        agent.remove_root("c").expect("it goes");
+        agent.eject("extra").expect("nobody uses it");
+        assert_eq!(agent.eject("extra").expect_err("it is gone").to_string(), "no disk has the serial extra");
+        let detached = vm.container.machine.control().detach_disk("extra");
+        detached.unwrap_or_else(|failure| panic!("{}", failure.report()));
+    }
+    assert_eq!(output(&vm, ROOT, "echo here"), "here\n");
 }

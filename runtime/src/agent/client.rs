@@ -168,7 +168,7 @@ impl AgentClient {
 
     /// Makes a container's root.
     pub fn set_up_root(&self, root: SetupRoot) -> Result<()> {
-        self.done(Request::SetupRoot(root), LONG_CALL_TIME)
+        self.done(Request::SetupRoot(Box::new(root)), LONG_CALL_TIME)
     }
 
     /// Sets host name, network and resolver.
@@ -181,7 +181,7 @@ impl AgentClient {
         let process = self.next_id();
         let (stdio, tokens) = stdio(spec.stdio)?;
         self.shared.expect_streams(&tokens);
-        let request = Request::Start(Start {
+        let request = Start {
             process,
             root: spec.root,
             args: spec.args,
@@ -192,8 +192,8 @@ impl AgentClient {
             pid_namespace: spec.pid_namespace,
             oom_score_adj: spec.oom_score_adj,
             confinement: spec.confinement,
-        });
-        let result = self.started(request, process, &stdio);
+        };
+        let result = self.started(Request::Start(Box::new(request)), process, &stdio);
         if result.is_err() {
             self.shared.forget_streams(&tokens);
         }

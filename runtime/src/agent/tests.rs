@@ -1,6 +1,8 @@
 //! The client against the real agent, run as an ordinary program on this machine.
 
+mod confinement;
 mod containers;
+mod files;
 mod guest;
 mod hostile;
 mod network;

@@ -1,11 +1,10 @@
-//! What surrounds and confines containers, against the real agent. Needs the right to mount.
+//! What surrounds containers, against the real agent. Needs the right to mount.
 
-use std::{fs, io::Read, io::Write, net::TcpListener, path::Path};
+use std::{fs, io::Read, path::Path};
 
 use mvm_protocol::{
-    Capabilities, Confinement, ContainerMount, ContainerSource, DeviceKind, DeviceNode, ExitStatus,
-    FailureKind, Get, GotContent, Limits, Lower, Namespace, Namespaces, PidNamespace, Place, Put, PutContent,
-    PutEntry, Rlimit, Scheduler, SetupRoot, Surroundings, User, Writable, limits::MAX_PART,
+    ContainerMount, ContainerSource, DeviceKind, DeviceNode, ExitStatus, FailureKind, Limits, Lower,
+    Namespace, Namespaces, PidNamespace, Place, Put, PutContent, PutEntry, SetupRoot, Surroundings, Writable,
 };
 use nix::mount::MsFlags;
 
@@ -20,7 +19,7 @@ fn image(guest: &Guest) -> Vec<Lower> {
     [top.as_path(), Path::new("/usr")].map(|path| Lower::Directory(path.to_str().unwrap().to_owned())).into()
 }
 
-fn root(guest: &Guest, id: &str, surroundings: Surroundings) -> SetupRoot {
+pub(super) fn root(guest: &Guest, id: &str, surroundings: Surroundings) -> SetupRoot {
     SetupRoot {
         id: id.to_owned(),
         lower: image(guest),
@@ -29,7 +28,7 @@ fn root(guest: &Guest, id: &str, surroundings: Surroundings) -> SetupRoot {
     }
 }
 
-fn filesystem(kind: &str, target: &str, flags: MsFlags, data: &str) -> ContainerMount {
+pub(super) fn filesystem(kind: &str, target: &str, flags: MsFlags, data: &str) -> ContainerMount {
     let source = ContainerSource::Filesystem(kind.to_owned());
     ContainerMount {
         source,
@@ -40,13 +39,13 @@ fn filesystem(kind: &str, target: &str, flags: MsFlags, data: &str) -> Container
     }
 }
 
-fn bound(source: ContainerSource, target: &str, flags: MsFlags) -> ContainerMount {
+pub(super) fn bound(source: ContainerSource, target: &str, flags: MsFlags) -> ContainerMount {
     let flags = (flags | MsFlags::MS_BIND).bits();
     ContainerMount { source, target: target.to_owned(), flags, propagation: 0, data: String::new() }
 }
 
 /// As an engine asks for them.
-fn usual_mounts() -> Vec<ContainerMount> {
+pub(super) fn usual_mounts() -> Vec<ContainerMount> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     vec![
         filesystem("proc", "/proc", plain | MsFlags::MS_NODEV, ""),
@@ -56,27 +55,27 @@ fn usual_mounts() -> Vec<ContainerMount> {
     ]
 }
 
-fn inside(id: &str, script: &str) -> ProcessSpec {
+pub(super) fn inside(id: &str, script: &str) -> ProcessSpec {
     ProcessSpec { root: Some(id.to_owned()), pid_namespace: PidNamespace::New, ..shell(script) }
 }
 
-fn run(guest: &Guest, spec: ProcessSpec) -> (String, ExitStatus) {
+pub(super) fn run(guest: &Guest, spec: ProcessSpec) -> (String, ExitStatus) {
     let mut process = guest.client.start(spec).unwrap();
     let mut text = String::new();
     process.stdout.as_mut().unwrap().read_to_string(&mut text).unwrap();
     (text, guest.client.wait(process.id, Some(SOON)).unwrap())
 }
 
-fn output(guest: &Guest, id: &str, script: &str) -> String {
+pub(super) fn output(guest: &Guest, id: &str, script: &str) -> String {
     run(guest, inside(id, script)).0
 }
 
-fn file(path: &str, text: &[u8]) -> PutEntry {
+pub(super) fn file(path: &str, text: &[u8]) -> PutEntry {
     let content = PutContent::File { offset: 0, bytes: text.to_vec(), last: true };
     PutEntry { path: path.to_owned(), mode: 0o640, uid: 7, gid: 8, content }
 }
 
-fn shared(name: &str, entries: Vec<PutEntry>) -> Put {
+pub(super) fn shared(name: &str, entries: Vec<PutEntry>) -> Put {
     Put { place: Place::Shared(name.to_owned()), entries }
 }
 
@@ -227,79 +226,6 @@ fn devices_have_their_kind_mode_and_owner() {
     assert_eq!(output(&guest, "c1", script), expected);
 }
 
-/// `CAP_NET_BIND_SERVICE` and `CAP_KILL`.
-const SOME: u64 = 1 << 10 | 1 << 5;
-
-#[test]
-fn a_process_has_the_capabilities_limits_and_mask_it_was_given_and_no_more() {
-    let guest = Guest::new();
-    guest.client.set_up_root(root(&guest, "c1", Surroundings::default())).unwrap();
-    let sets =
-        Capabilities { bounding: SOME, effective: SOME, inheritable: SOME, permitted: SOME, ambient: SOME };
-    let mut spec = inside(
-        "c1",
-        "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status | tr '\\t' ' '; umask; ulimit -n; ulimit -Hn; nice",
-    );
-    spec.user = User::Ids { uid: 1000, gid: 1000, groups: vec![5] };
-    spec.confinement = Confinement {
-        capabilities: Some(sets),
-        no_new_privileges: true,
-        rlimits: vec![Rlimit { resource: libc::RLIMIT_NOFILE, soft: 100, hard: 200 }],
-        umask: Some(0o077),
-        scheduler: Some(Scheduler { policy: 0, nice: 5, priority: 0 }),
-        io_priority: Some(2 << 13 | 7),
-        ..Default::default()
-    };
-    let set = "0000000000000420";
-    let expected = format!(
-        "CapInh: {set}\nCapPrm: {set}\nCapEff: {set}\nCapBnd: {set}\nCapAmb: {set}\n\
-         NoNewPrivs: 1\nSeccomp: 0\n0077\n100\n200\n5\n"
-    );
-    assert_eq!(run(&guest, spec.clone()).0, expected);
-    // Root without capabilities is nobody special; without a wish all are kept.
-    spec.user = User::Ids { uid: 0, gid: 0, groups: vec![] };
-    spec.confinement.capabilities = Some(Capabilities::default());
-    assert!(run(&guest, spec.clone()).0.contains("CapEff: 0000000000000000\n"));
-    spec.confinement = Confinement::default();
-    assert!(!run(&guest, spec).0.contains("CapEff: 0000000000000000\n"));
-}
-
-/// A filter that answers one system call with an error number.
-fn deny(system_call: i64, errno: u32) -> Vec<u8> {
-    let instruction = |code: u16, jump_true: u8, jump_false: u8, k: u32| {
-        let [a, b] = code.to_ne_bytes();
-        let [c, d, e, f] = k.to_ne_bytes();
-        [a, b, jump_true, jump_false, c, d, e, f]
-    };
-    let number = u32::try_from(system_call).unwrap();
-    [
-        instruction(0x20, 0, 0, 0),
-        instruction(0x15, 0, 1, number),
-        instruction(0x06, 0, 0, 0x0005_0000 | errno),
-        instruction(0x06, 0, 0, 0x7fff_0000),
-    ]
-    .concat()
-}
-
-#[test]
-fn a_system_call_filter_answers_with_and_without_new_privileges() {
-    let guest = Guest::new();
-    guest.client.set_up_root(root(&guest, "c1", Surroundings::default())).unwrap();
-    for no_new_privileges in [true, false] {
-        let mut spec = inside("c1", "mkdir /x 2>&1; grep Seccomp: /proc/self/status | tr '\\t' ' '");
-        let none = Capabilities::default();
-        let confinement =
-            Confinement { seccomp: deny(libc::SYS_mkdir, 1), no_new_privileges, ..Default::default() };
-        spec.confinement = Confinement { capabilities: Some(none), ..confinement };
-        let expected = "mkdir: cannot create directory '/x': Operation not permitted\nSeccomp: 2\n";
-        assert_eq!(run(&guest, spec).0, expected, "{no_new_privileges}");
-    }
-    let mut spec = inside("c1", "true");
-    spec.confinement.seccomp = vec![0; 16];
-    let error = guest.client.start(spec).unwrap_err();
-    assert_eq!(error.to_string(), "cannot install the system call filter");
-}
-
 #[test]
 fn a_root_that_is_removed_takes_its_processes_and_mounts_and_leaves_its_id() {
     let guest = Guest::new();
@@ -347,89 +273,4 @@ fn limits_without_cgroups_are_refused_and_nothing_is_left_behind() {
     assert!(guest.client.update("c1", limits).is_err());
     assert!(guest.client.freeze("c1", true).is_err());
     assert!(guest.client.root_stats("c1").is_err());
-}
-
-#[test]
-fn files_are_put_in_parts_and_come_back_whole() {
-    let guest = Guest::new();
-    guest.client.set_up_root(root(&guest, "c1", Surroundings::default())).unwrap();
-    let place = || Place::Root("c1".to_owned());
-    let bytes: Vec<u8> = (0..600_000_u32).map(|at| (at / 3) as u8).collect();
-    let parts = bytes.chunks(MAX_PART).enumerate();
-    for (at, part) in parts {
-        let offset = (at * MAX_PART) as u64;
-        let last = offset as usize + part.len() == bytes.len();
-        assert_eq!(output(&guest, "c1", "test -e /srv/big || echo no"), "no\n");
-        let content = PutContent::File { offset, bytes: part.to_vec(), last };
-        let entry = PutEntry { path: "srv/big".to_owned(), mode: 0o600, uid: 0, gid: 0, content };
-        guest.client.put(Put { place: place(), entries: vec![entry] }).unwrap();
-    }
-    let mut seen = Vec::new();
-    loop {
-        let get = Get { place: place(), path: "srv/big".to_owned(), offset: seen.len() as u64 };
-        let got = guest.client.get(get).unwrap();
-        assert_eq!((got.size, got.mode), (600_000, libc::S_IFREG | 0o600));
-        match got.content {
-            GotContent::File(part) if part.is_empty() => break,
-            GotContent::File(part) => seen.extend(part),
-            other => panic!("{other:?}"),
-        }
-    }
-    assert!(seen == bytes);
-    let list = guest.client.get(Get { place: place(), path: "srv".to_owned(), offset: 0 }).unwrap();
-    assert_eq!(list.content, GotContent::Directory(vec!["big".to_owned()]));
-    let remove = PutEntry { path: "srv".to_owned(), mode: 0, uid: 0, gid: 0, content: PutContent::Remove };
-    guest.client.put(Put { place: place(), entries: vec![remove] }).unwrap();
-    let error = guest.client.get(Get { place: place(), path: "srv".to_owned(), offset: 0 }).unwrap_err();
-    assert!(matches!(error, Error::Refused { errno: libc::ENOENT, .. }), "{error}");
-}
-
-#[test]
-fn an_update_of_a_shared_file_is_seen_in_the_container() {
-    let guest = Guest::new();
-    guest.client.put(shared("conf", vec![file("key", b"old\n")])).unwrap();
-    let mut mounts = usual_mounts();
-    mounts.push(bound(ContainerSource::Shared("conf".to_owned()), "/conf", MsFlags::MS_RDONLY));
-    guest.client.set_up_root(root(&guest, "c1", Surroundings { mounts, ..Default::default() })).unwrap();
-    assert_eq!(output(&guest, "c1", "cat /conf/key"), "old\n");
-    guest.client.put(shared("conf", vec![file("key", b"new\n")])).unwrap();
-    assert_eq!(output(&guest, "c1", "cat /conf/key; ls -A /conf"), "new\nkey\n");
-    for bad in ["root", "../x", "", "d/0"] {
-        assert!(guest.client.put(shared(bad, vec![file("key", b"")])).is_err(), "{bad}");
-    }
-}
-
-#[test]
-fn a_port_of_the_guest_is_reached_and_each_direction_ends_on_its_own() {
-    let guest = Guest::new();
-    // The agent's network is its own; the server runs there.
-    let script = "exec python3 -c \"
-import socket
-s = socket.create_server(('127.0.0.1', 4000)); print('ready', flush=True)
-c, _ = s.accept(); data = b''
-while (part := c.recv(4096)): data += part
-c.sendall(data[::-1]); c.close()\"";
-    let mut server = guest.sh(&format!("ip link set lo up 2>/dev/null; {script}"));
-    let mut ready = [0; 6];
-    server.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
-    let mut stream = guest.client.forward(4000).unwrap();
-    stream.write_all(b"olleh").unwrap();
-    stream.shutdown(std::net::Shutdown::Write).unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "hello");
-    assert_eq!(guest.client.wait(server.id, Some(SOON)).unwrap(), ExitStatus::Code(0));
-    // A port of this machine's is not the guest's.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let error = guest.client.forward(listener.local_addr().unwrap().port()).unwrap_err();
-    assert!(matches!(error, Error::Refused { errno: libc::ECONNREFUSED, .. }), "{error}");
-}
-
-#[test]
-fn a_trial_run_leaves_this_machines_devices_alone() {
-    let guest = Guest::new();
-    let error = guest.client.rescan().unwrap_err();
-    assert!(matches!(error, Error::Refused { kind: FailureKind::NotFound, .. }), "{error}");
-    let error = guest.client.eject("no such disk").unwrap_err();
-    assert_eq!(error.to_string(), "no disk has the serial no such disk");
 }

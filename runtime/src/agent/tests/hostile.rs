@@ -257,7 +257,7 @@ fn an_exit_while_the_host_was_away_is_reported_when_it_is_back_until_it_is_forgo
     let host = Host::new();
     let (mut stream, mut decoder, _) = host.accept();
     send(&mut stream, &ack());
-    let request = Request::Start(Start {
+    let request = Request::Start(Box::new(Start {
         process: 9,
         root: None,
         args: vec!["/bin/sh".to_owned(), "-c".to_owned(), "exit 9".to_owned()],
@@ -268,7 +268,7 @@ fn an_exit_while_the_host_was_away_is_reported_when_it_is_back_until_it_is_forgo
         pid_namespace: PidNamespace::Agent,
         oom_score_adj: 0,
         confinement: Default::default(),
-    });
+    }));
     send(&mut stream, &HostMessage::Request { id: 1, request });
     let GuestMessage::Response { result: Ok(Reply::Started { .. }), .. } = next(&mut stream, &mut decoder)
     else {

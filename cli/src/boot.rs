@@ -72,6 +72,7 @@ fn plan(options: Boot) -> Result<Plan, Failure> {
         cmdline: options.cmdline,
         disks: options.disk,
         nets: options.net,
+        netns: None,
         console: options.console.map(ConsoleKind::from),
         vsock: options.sockets.is_some(),
         devices: options.device,

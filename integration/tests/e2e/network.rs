@@ -1,14 +1,18 @@
 //! The network card: a tap between guest and host.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-use mvm_integration::vm::{TestVm, Vm};
+use mvm_integration::vm::{TestVm, Vm, initrd};
+use mvm_runtime::machine::{ConsoleKind, Plan, prepare};
+use mvm_runtime::net::Netns;
+use mvm_vmm::exit::Exit;
 use sha2::{Digest, Sha256};
 
-use crate::Test;
+use crate::{Test, programs};
 
 /// Bytes of the stream; the emulated host is slow.
 const STREAM: usize = 100 << 20;
@@ -16,6 +20,7 @@ const STREAM: usize = 100 << 20;
 pub(crate) const TESTS: &[Test] = &[
     ("guest_and_host_ping_each_other_over_a_tap", ping),
     ("a_100_mb_stream_over_a_tap_arrives_unchanged_both_ways", stream),
+    ("a_machine_lives_in_its_network_name_space_and_so_does_its_tap", name_space),
 ];
 
 /// A tap with an address, and a guest on it with the next.
@@ -77,4 +82,35 @@ impl std::fmt::LowerHex for HexDigest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
+}
+
+fn name_space() {
+    let netns = Netns::fresh().unwrap_or_else(|failure| panic!("{}", failure.report()));
+    let plan = Plan {
+        id: "in-a-name-space".parse().expect("a name"),
+        cpus: Default::default(),
+        memory: Default::default(),
+        kernel: programs().join("share/mvm/vmlinux"),
+        initrd: Some(initrd("name-space", "cat /sys/class/net/eth0/address; read line; poweroff -f")),
+        cmdline: "quiet panic=-1".to_owned(),
+        disks: Vec::new(),
+        nets: vec!["tap=mvmns0,mac=02:00:00:00:00:55".parse().expect("a network")],
+        netns: Some(netns.clone()),
+        console: Some(ConsoleKind::Virtio),
+        vsock: false,
+        devices: Vec::new(),
+        sockets: None,
+    };
+    let prepared = prepare(&plan).unwrap_or_else(|failure| panic!("{}", failure.report()));
+    let mut machine = prepared.start(None).unwrap_or_else(|failure| panic!("{}", failure.report()));
+    let theirs = format!("/proc/{}/ns/net", machine.pid());
+    let theirs = Netns::open(Path::new(&theirs)).unwrap_or_else(|failure| panic!("{}", failure.report()));
+    assert!(theirs.is(&netns).expect("two name spaces"));
+    assert!(!Path::new("/sys/class/net/mvmns0").exists(), "the tap is not here");
+    let mut console = machine.console.take().expect("asked for");
+    let mut line = String::new();
+    BufReader::new(&mut console.from_guest).read_line(&mut line).expect("it speaks");
+    assert_eq!(line.trim(), "02:00:00:00:00:55");
+    console.to_guest.write_all(b"go\n").expect("it listens");
+    assert_eq!(machine.wait().unwrap_or_else(|failure| panic!("{}", failure.report())), Exit::Shutdown);
 }

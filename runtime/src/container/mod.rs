@@ -183,6 +183,7 @@ fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf, n
         cmdline: CMDLINE.to_owned(),
         disks,
         nets,
+        netns: None,
         console: None,
         vsock: true,
         devices: Vec::new(),

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use mvm_devices::virtio::DeviceSpec;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
+use crate::net::Netns;
 pub use crate::net::{Net, OpenTap, TapNet};
 
 /// A machine to be started.
@@ -27,6 +28,9 @@ pub struct Plan {
     pub disks: Vec<Disk>,
     /// Network interfaces.
     pub nets: Vec<Net>,
+    /// Network name space the machine's process lives in, and in which taps are opened by name; this process's
+    /// unless given.
+    pub netns: Option<Netns>,
     /// The terminal, if one is connected.
     pub console: Option<ConsoleKind>,
     /// Whether there is a vsock device; an agent needs one.

@@ -20,7 +20,7 @@ use super::device::{disk_spec, open_disk, tap_spec};
 use super::plan::{ConsoleKind, Disk, Plan};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
-use crate::net::{Net, OpenTap, TapNet, mac_of, open_tap};
+use crate::net::{Net, Netns, OpenTap, TapNet, mac_of, open_tap};
 
 /// Name of the machine's control socket.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -33,6 +33,7 @@ pub struct Prepared {
     console: Option<Console>,
     calls: Option<Calls>,
     control: Control,
+    netns: Option<Netns>,
 }
 
 impl Prepared {
@@ -49,7 +50,12 @@ impl Prepared {
         let id = self.config.id.clone();
         let launch = Launch { config: self.config, files: self.files, stderr };
         let spawned_ns = mvm_vmm::status::now();
-        let child = launch.spawn().context(|| format!("cannot start machine {id}")).map_err(|failure| {
+        // A thread of its own only where it must be: a process starts in the name space of the thread that asks.
+        let child = match &self.netns {
+            Some(netns) => netns.run(|| launch.spawn())?,
+            None => launch.spawn(),
+        };
+        let child = child.context(|| format!("cannot start machine {id}")).map_err(|failure| {
             failure.help("build everything with `make build`, or name the program in MVM_VMM")
         })?;
         Ok(Machine::new(child, spawned_ns, self.console, self.calls, self.control))
@@ -97,7 +103,7 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
     };
     let control = Control::new(plan.id.clone(), near)
         .context(|| "cannot set time-outs on the control connection".to_owned())?;
-    Ok(Prepared { config, files, console, calls, control })
+    Ok(Prepared { config, files, console, calls, control, netns: plan.netns.clone() })
 }
 
 struct Opening {
@@ -116,7 +122,10 @@ impl Opening {
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
         let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
-        let file = Arc::new(open_tap(&tap.name)?);
+        let file = Arc::new(match &plan.netns {
+            Some(netns) => netns.run(|| open_tap(&tap.name))??,
+            None => open_tap(&tap.name)?,
+        });
         self.open_tap(&OpenTap { file, mac, mtu: None, only_own_mac: false })
     }
 

@@ -96,6 +96,8 @@ impl MachineSandbox {
             cmdline: CMDLINE.to_owned(),
             disks,
             nets: wiring.nets(),
+            // Whoever looks for the container's network looks where its process is.
+            netns: Some(self.netns.clone()),
             console: None,
             vsock: true,
             devices: Vec::new(),
@@ -103,8 +105,7 @@ impl MachineSandbox {
         };
         let prepared = prepare(&plan)?;
         let log = self.log()?;
-        // Whoever looks for the container's network looks where its process is.
-        let mut machine = self.netns.run(move || prepared.start(Some(log)))??;
+        let mut machine = prepared.start(Some(log))?;
         let agent = machine.agent(self.identity(), AGENT_TIME)?;
         let place = Configure { hostname: Some(self.hostname()), ..wiring.configure() };
         agent.configure(place).context(|| "cannot configure the guest".to_owned())?;

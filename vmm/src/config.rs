@@ -63,7 +63,8 @@ pub struct MachineConfig {
     /// First serial port; absent unless given, because each character costs an exit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
-    /// Stream for [`crate::status::Event`]s, one JSON object per line.
+    /// Stream for [`crate::status::Event`]s, one JSON object per line. The machine ends with its reader; without
+    /// one it lives on by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<FdSlot>,
     /// UNIX stream socket for [`crate::control`] requests: a listening one, or one end of a connection.

@@ -76,7 +76,8 @@ pub struct Launch {
     pub stderr: Option<OwnedFd>,
 }
 
-/// A machine's process. Dropping it leaves the process alone.
+/// A machine's process. It ends with the reader of its events, and so with this process at the latest; the last
+/// copy of the reader can be kept elsewhere.
 #[derive(Debug)]
 pub struct Child {
     /// Process identifier; valid until [`Child::wait`] returned.

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +98,16 @@ impl Stream {
     /// Whether there is a sink: whoever holds its other end tells the user.
     pub fn has_sink(&self) -> bool {
         self.sink.is_some()
+    }
+
+    /// Has `epoll` tell by `token` when nobody reads any more. A sink that cannot tell, such as a regular file, is
+    /// left alone.
+    pub fn watch_reader(&self, epoll: &Epoll, token: u64) {
+        if let Some(sink) = &self.sink {
+            let file = sink.lock().unwrap_or_else(PoisonError::into_inner);
+            // Errors and hang-ups are told unasked.
+            let _ = epoll.add(&*file, EpollEvent::new(EpollFlags::empty(), token));
+        }
     }
 
     /// Sends one event.

@@ -27,7 +27,8 @@ const INPUT_INTERVAL: u8 = 10;
 const FINISHED: u64 = 0;
 const SIGNAL: u64 = 1;
 const SERIAL_INPUT: u64 = 2;
-const CONTROL: u64 = 3;
+const ORPHANED: u64 = 3;
+const CONTROL: u64 = 4;
 
 /// Waits on everything that can happen to a running machine.
 #[derive(Debug)]
@@ -65,6 +66,7 @@ impl<'a> Supervisor<'a> {
         let readable = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
         epoll.add(machine.gate.finished(), readable(FINISHED)).map_err(failed())?;
         epoll.add(signals.as_fd(), readable(SIGNAL)).map_err(failed())?;
+        machine.bus.status.watch_reader(&epoll, ORPHANED);
         if let Some(input) = &machine.serial_input {
             // A regular file cannot be watched; it has no input worth waiting for.
             let _ = epoll.add(input.as_fd(), readable(SERIAL_INPUT));
@@ -111,6 +113,8 @@ impl<'a> Supervisor<'a> {
                     self.subject.machine.gate.finish(Exit::Stopped);
                 }
             }
+            // Whoever started the machine is gone, and with it whatever the machine was for.
+            ORPHANED => self.subject.machine.gate.finish(Exit::Stopped),
             SERIAL_INPUT => self.read_input(),
             _ => {
                 if let Some(control) = &mut self.control {

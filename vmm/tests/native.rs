@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use mvm_vmm::exit::Exit;
 use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Child, Ended, Files, Launch};
 use mvm_vmm::status::Event;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 
 /// A machine and the client end of its control socket.
@@ -122,6 +124,15 @@ fn sigterm_stops_a_guest_that_never_leaves() {
     vm.wait_for_guest();
     kill(vm.child.pid, Signal::SIGTERM).unwrap();
     assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
+fn a_machine_ends_with_the_reader_of_its_events() {
+    let mut vm = run(Program::Halt);
+    vm.wait_for_guest();
+    drop(vm.child.events);
+    let mut ended = [PollFd::new(vm.child.pidfd.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut ended, PollTimeout::from(20_000u16)).unwrap(), 1, "it lives on");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! `mvm boot`: kernels, consoles, and the ways a machine ends.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
 
-use mvm_integration::vm::{TestVm, initrd, scratch};
+use mvm_integration::vm::{PATIENCE, TestVm, initrd, scratch};
 use mvm_protocol::ShutdownMode;
 use mvm_vmm::exit::Exit;
 
@@ -14,6 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot_tells_reboot_panic_and_power_off_apart", endings),
     ("a_stock_debian_kernel_boots_from_its_bzimage", debian),
     ("a_read_only_disk_refuses_writes_and_a_writable_one_keeps_them", disks),
+    ("a_machine_does_not_outlive_a_killed_mvm", orphaned),
     ("an_orderly_shutdown_and_reboot_through_the_agent_are_told_apart", through_the_agent),
 ];
 
@@ -90,6 +93,30 @@ fn disks() {
     );
     assert!(std::fs::read(&fixed).expect("a file").iter().all(|byte| *byte == b'f'));
     assert!(std::fs::read(&kept).expect("a file").starts_with(b"changed\nkkk"));
+}
+
+fn orphaned() {
+    let initrd = initrd("orphaned", "echo up; while :; do sleep 1000; done");
+    let mut command = mvm();
+    command.arg("boot").arg("--kernel").arg(our_kernel()).arg("--initrd").arg(initrd).arg("--console");
+    let child =
+        command.args(["--cmdline", "quiet panic=-1"]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = child.expect("mvm is built");
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().expect("asked for")).read_line(&mut line).expect("it speaks");
+    assert_eq!(line.trim(), "up");
+    let children = format!("/proc/{0}/task/{0}/children", child.id());
+    let children = std::fs::read_to_string(children).expect("a process");
+    let machine = Path::new("/proc").join(children.trim());
+    assert!(std::fs::read_to_string(machine.join("comm")).expect("its machine").contains("mvm-vmm"));
+    child.kill().expect("SIGKILL");
+    child.wait().expect("it ends");
+    let end = Instant::now() + PATIENCE;
+    // As a zombie it is gone, too: nobody may be there to wait for it.
+    while std::fs::read_link(machine.join("exe")).is_ok() {
+        assert!(Instant::now() < end, "it lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn through_the_agent() {

@@ -5,7 +5,10 @@
 
 use std::collections::VecDeque;
 use std::io::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use crate::counter::Counter;
 
 /// Bytes that may be written in one burst.
 pub const BURST: u32 = 64 * 1024;
@@ -40,7 +43,7 @@ const MSR_CONNECTED: u8 = 0xb0; // carrier, data set ready, clear to send
 pub struct Serial {
     sink: Box<dyn Write + Send>,
     bucket: Bucket,
-    dropped: u64,
+    dropped: Arc<Counter>,
     input: VecDeque<u8>,
     divisor: [u8; 2],
     interrupt_enable: u8,
@@ -57,7 +60,7 @@ impl Serial {
         Self {
             sink,
             bucket: Bucket::full(Instant::now()),
-            dropped: 0,
+            dropped: Counter::new("dropped"),
             input: VecDeque::with_capacity(INPUT_SIZE),
             divisor: [1, 0],
             interrupt_enable: 0,
@@ -70,8 +73,8 @@ impl Serial {
     }
 
     /// Bytes of output that were lost.
-    pub fn dropped(&self) -> u64 {
-        self.dropped
+    pub fn dropped(&self) -> &Arc<Counter> {
+        &self.dropped
     }
 
     /// Offers input. Returns how many bytes were taken.
@@ -148,14 +151,14 @@ impl Serial {
         if self.modem_control & MCR_LOOP != 0 {
             self.push_input(&[byte]);
         } else if !(self.bucket.take(Instant::now) && matches!(self.sink.write(&[byte]), Ok(1))) {
-            self.dropped = self.dropped.saturating_add(1);
+            self.dropped.one();
         }
     }
 }
 
 impl std::fmt::Debug for Serial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Serial").field("dropped", &self.dropped).finish_non_exhaustive()
+        f.debug_struct("Serial").field("dropped", &self.dropped.get()).finish_non_exhaustive()
     }
 }
 
@@ -239,7 +242,7 @@ mod tests {
         serial.write(MODEM_CONTROL, MCR_LOOP | 0x0a);
         assert_eq!(serial.read(MODEM_STATUS) & 0xf0, 0x90);
         serial.write(DATA, 0x5a);
-        assert_eq!((serial.read(DATA), serial.dropped()), (0x5a, 0));
+        assert_eq!((serial.read(DATA), serial.dropped().get()), (0x5a, 0));
     }
 
     #[test]
@@ -257,7 +260,7 @@ mod tests {
     fn a_sink_that_takes_nothing_costs_the_bytes_and_nothing_else() {
         let mut serial = Serial::new(Box::new(Broken));
         (0..10).for_each(|byte| serial.write(DATA, byte));
-        assert_eq!(serial.dropped(), 10);
+        assert_eq!(serial.dropped().get(), 10);
         assert_eq!(serial.read(LINE_STATUS), LSR_IDLE);
     }
 

@@ -11,6 +11,7 @@ use crate::exit::Exit;
 use crate::layout;
 use crate::metrics::Counters;
 use crate::pci_bus::PciBus;
+use crate::serial_port::SerialPort;
 use crate::status::{Event, Stream, now};
 
 /// Most milestones a guest may report; the rest is ignored, so that it cannot flood the stream.
@@ -32,7 +33,7 @@ pub(crate) struct Bus {
     /// Functions on PCI bus 0.
     pub pci: PciBus,
     /// First serial port.
-    pub serial: Option<Arc<Mutex<Serial>>>,
+    pub serial: Option<SerialPort>,
     /// Events for the process that started the machine.
     pub status: Arc<Stream>,
     /// What happened so far.
@@ -44,7 +45,7 @@ impl Bus {
     /// Puts the parts together.
     pub(crate) fn new(
         pci: PciBus,
-        serial: Option<Arc<Mutex<Serial>>>,
+        serial: Option<SerialPort>,
         status: Arc<Stream>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -114,7 +115,7 @@ impl Bus {
 
     fn serial_register(&self, port: u16) -> Option<(&Mutex<Serial>, u8)> {
         let register = u8::try_from(port.checked_sub(layout::SERIAL_PORT)?).ok().filter(|&r| r < 8)?;
-        Some((self.serial.as_ref()?, register))
+        Some((&self.serial.as_ref()?.port, register))
     }
 
     fn mark(&self, value: u8) {

@@ -18,6 +18,8 @@ pub const FIRST_SLOT: u32 = CONFIG_FD + 1;
 pub const LAST_SLOT: u32 = 1023;
 /// Most bytes of a configuration.
 pub const MAX_CONFIG_BYTES: u64 = 64 * 1024;
+/// Most bytes of serial output that a regular file gets; what follows is dropped, and counted.
+pub const MAX_SERIAL_BYTES: u64 = 64 << 20;
 /// Most bytes of a kernel command line, before what the machine itself adds.
 pub const MAX_CMDLINE_BYTES: usize = 1900;
 
@@ -119,7 +121,7 @@ pub enum Image {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
-    /// Where output goes.
+    /// Where output goes. A regular file gets at most [`MAX_SERIAL_BYTES`].
     pub output: FdSlot,
     /// Where input comes from.
     #[serde(default, skip_serializing_if = "Option::is_none")]

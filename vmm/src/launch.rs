@@ -1,7 +1,8 @@
 //! Starts a machine's process: for programs that open everything and hand it over.
 //!
 //! The child gets exactly the given descriptors, an empty environment, `/dev/null` as standard input and
-//! output, and nothing else: it closes what else it inherits before it does anything.
+//! output, and nothing else: it closes what else it inherits before it does anything. It logs what this process
+//! logs: at the same level, if that is beyond warnings.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -252,8 +253,11 @@ fn spawn(program: &Path, config: &OwnedFd, files: &Files, stderr: Option<&OwnedF
     let mut attributes = PosixSpawnAttr::init().map_err(failed)?;
     attributes.set_sigmask(&SigSet::empty()).map_err(failed)?;
     attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK).map_err(failed)?;
+    let level = log::max_level();
+    let level = (level > log::LevelFilter::Warn).then(|| level.as_str().as_bytes().to_vec());
     let arguments = [program.as_os_str().as_bytes().to_vec(), files.0.len().to_string().into_bytes()]
         .into_iter()
+        .chain(level)
         .map(CString::new)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| Error::System("name the machine's program", error.into()))?;

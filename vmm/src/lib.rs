@@ -33,6 +33,7 @@ mod metrics;
 mod msi;
 mod pci_bus;
 pub mod process;
+mod serial_port;
 pub mod status;
 mod supervisor;
 mod vcpu;

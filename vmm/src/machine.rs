@@ -2,12 +2,11 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
 use mvm_devices::memory::Memory;
 use mvm_devices::pci::host_bridge::HostBridge;
-use mvm_devices::serial::Serial;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::boot::{self, Entry, Images, Platform};
@@ -24,6 +23,7 @@ use crate::kvm::{Vm, registers};
 use crate::memory;
 use crate::metrics::Counters;
 use crate::pci_bus::PciBus;
+use crate::serial_port;
 use crate::status::{Stages, Stream, now};
 use crate::vcpu::{self, Running, Vcpu};
 
@@ -66,7 +66,10 @@ impl Machine {
             let attached = attacher.attach(spec, slots, &pci);
             attached.map_err(|source| Error::Configured { index, source: Box::new(source) })?;
         }
-        let (serial, serial_input) = serial(config, slots)?;
+        let (serial, serial_input) = match &config.serial {
+            Some(spec) => serial_port::build(spec, slots).map(|(port, input)| (Some(port), input))?,
+            None => (None, None),
+        };
         let bus = Arc::new(Bus::new(pci, serial, Arc::clone(status), Arc::new(Counters::default())));
         stages.devices_ns = now();
 
@@ -109,19 +112,6 @@ fn load(config: &MachineConfig, slots: &mut Slots, memory: &Memory) -> Result<En
     };
     let platform = Platform { cpus: config.cpus.get(), serial: config.serial.is_some() };
     Ok(boot::load(memory, config.memory.bytes(), &images, &platform)?)
-}
-
-type SerialPort = (Option<Arc<Mutex<Serial>>>, Option<File>);
-
-fn serial(config: &MachineConfig, slots: &mut Slots) -> Result<SerialPort> {
-    let Some(spec) = &config.serial else { return Ok((None, None)) };
-    let output = slots.take_for(spec.output, "serial output")?;
-    let input = slots.take_optional(spec.input, "serial input")?;
-    for fd in [Some(&output), input.as_ref()].into_iter().flatten() {
-        set_nonblocking(fd)?;
-    }
-    let serial = Serial::new(Box::new(File::from(output)));
-    Ok((Some(Arc::new(Mutex::new(serial))), input.map(File::from)))
 }
 
 /// Makes reads and writes of `fd` return rather than wait.

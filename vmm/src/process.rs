@@ -21,10 +21,12 @@ const DESCRIPTORS: i32 = 255;
 
 /// Runs the machine that descriptor 3 describes. Returns the process's exit code.
 ///
-/// The program's argument is the number of slots that follow the configuration.
+/// The program's arguments are the number of slots that follow the configuration and, if more than warnings are to
+/// be logged, the level.
 pub fn run() -> u8 {
     let mut stages = Stages { entered_ns: now(), ..Stages::default() };
-    log::install(::log::LevelFilter::Warn);
+    let level = std::env::args().nth(2).and_then(|level| level.parse().ok());
+    log::install(level.unwrap_or(::log::LevelFilter::Warn));
     let mut slots = Slots::default();
     let config = match read_config(&mut slots) {
         Ok(config) => config,

@@ -1,11 +1,11 @@
 //! The main thread of a running machine: control socket, signals, serial input, and the end.
 
+mod pause;
 mod requests;
 
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::PoisonError;
 
 use mvm_devices::serial::INPUT_SIZE;
 use nix::errno::Errno;
@@ -143,7 +143,9 @@ impl<'a> Supervisor<'a> {
 
     fn offer_input(&mut self) {
         if let (Some(serial), false) = (&self.subject.machine.bus.serial, self.pending_input.is_empty()) {
-            let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).push_input(&self.pending_input);
+            // A vCPU that has it may wait for the host's file; there is a next time.
+            let Ok(mut port) = serial.port.try_lock() else { return };
+            let taken = port.push_input(&self.pending_input);
             self.pending_input.drain(..taken);
         }
     }

@@ -59,7 +59,9 @@ impl Server {
         if getsockopt(&socket, AcceptConn)? {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true)?;
-            epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            // Told of each connection once: one that there are no files for waits, and nobody spins meanwhile.
+            let each = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(listener.as_fd(), EpollEvent::new(each, token))?;
             server.listener = Some(listener);
         } else {
             server.add(UnixStream::from(socket), epoll)?;
@@ -81,6 +83,8 @@ impl Server {
         {
             // Closing the stream takes it off the epoll.
             self.clients.remove(&token);
+            // There may be room now for one that waits.
+            self.accept(epoll);
         }
     }
 

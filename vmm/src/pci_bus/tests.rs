@@ -2,6 +2,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use mvm_devices::device::VirtioDevice;
 use mvm_devices::memory::Memory;
 use mvm_devices::pci::{Msi, MsiSink};
 use mvm_devices::transport::Parts;
@@ -18,6 +19,8 @@ use crate::memory;
 const MEMORY: u16 = 2;
 const COMMAND: u64 = 4;
 const BAR0: u64 = 0x10;
+/// Device status, in the BAR.
+const STATUS: u64 = 0x14;
 
 #[derive(Default)]
 struct Recorder(Mutex<BTreeSet<u64>>);
@@ -42,14 +45,14 @@ impl MsiSink for Deaf {
 }
 
 /// A bus with a host bridge and two devices of one queue each.
-struct Fixture {
-    bus: PciBus,
+pub(crate) struct Fixture {
+    pub(crate) bus: PciBus,
     doorbells: Arc<Recorder>,
     memory: Arc<Memory>,
-    io_loop: IoLoop,
+    pub(crate) io_loop: IoLoop,
 }
 
-fn fixture() -> Fixture {
+pub(crate) fn fixture() -> Fixture {
     let doorbells = Arc::new(Recorder::default());
     let sink: Arc<dyn Doorbells> = Arc::clone(&doorbells) as _;
     let bus = PciBus::new(sink, Ecam::take_in_turn());
@@ -57,16 +60,20 @@ fn fixture() -> Fixture {
     let memory = Arc::new(memory::create(MemSize::try_from(4).unwrap()).unwrap());
     bus.add_bridge(HostBridge::new()).unwrap();
     for _ in 0..2 {
-        bus.add_virtio(rng(&memory, &io_loop)).unwrap();
+        bus.add_virtio(plugged(rng(), &memory, &io_loop)).unwrap();
     }
     Fixture { bus, doorbells, memory, io_loop }
 }
 
 /// A device of one queue.
-fn rng(memory: &Arc<Memory>, io_loop: &IoLoop) -> Plugged {
+fn rng() -> Box<dyn VirtioDevice> {
     let spec: DeviceSpec = serde_json::from_str(r#"{"type":"rng"}"#).unwrap();
+    spec.build(&mut Slots::default()).unwrap()
+}
+
+fn plugged(device: Box<dyn VirtioDevice>, memory: &Arc<Memory>, io_loop: &IoLoop) -> Plugged {
     let parts = Parts { memory: Arc::clone(memory), io_loop: io_loop.handle(), sink: Arc::new(Deaf) };
-    let function = VirtioPci::new(spec.build(&mut Slots::default()).unwrap(), parts).unwrap();
+    let function = VirtioPci::new(device, parts).unwrap();
     Plugged { function, _io_loop: None, serial: String::new() }
 }
 
@@ -83,6 +90,32 @@ impl Fixture {
 
     fn write(&self, device: u64, offset: u64, value: u32) {
         assert!(self.bus.write(register(device, offset), &value.to_le_bytes()));
+    }
+
+    /// Adds a device that runs in `io_loop`.
+    pub(crate) fn add(&self, device: Box<dyn VirtioDevice>, io_loop: &IoLoop) -> usize {
+        self.bus.add_virtio(plugged(device, &self.memory, io_loop)).unwrap()
+    }
+
+    /// Does what a driver does up to `DRIVER_OK`, without any queue. Returns the address of the registers.
+    pub(crate) fn start_driver(&self, device: u64) -> u64 {
+        self.enable(device);
+        let registers = u64::from(self.shown(device, BAR0));
+        let write = |offset: u64, data: &[u8]| assert!(self.bus.write(registers + offset, data));
+        write(STATUS, &[1]);
+        write(STATUS, &[3]);
+        // The one feature a driver must accept: version 1, bit 32.
+        write(0x08, &1u32.to_le_bytes());
+        write(0x0c, &1u32.to_le_bytes());
+        write(STATUS, &[11]);
+        write(STATUS, &[15]);
+        registers
+    }
+
+    /// Rings the last doorbell that is watched.
+    pub(crate) fn kick_last(&self) {
+        let doorbell = *self.watched().last().unwrap();
+        assert!(self.bus.write(doorbell, &0u16.to_le_bytes()));
     }
 
     fn enable(&self, device: u64) {
@@ -173,7 +206,7 @@ fn a_function_that_leaves_frees_its_slot_its_addresses_and_its_doorbells() {
     assert!(!fixture.bus.write(register(1, COMMAND), &MEMORY.to_le_bytes()));
     assert_eq!(fixture.bus.remove_virtio(1, true).err(), Some(Stays::Absent));
 
-    let next = fixture.bus.add_virtio(rng(&fixture.memory, &fixture.io_loop)).unwrap();
+    let next = fixture.add(rng(), &fixture.io_loop);
     assert_eq!((next, u64::from(fixture.shown(1, BAR0))), (1, first));
     assert_eq!(fixture.shown(1, COMMAND.into()) & u32::from(MEMORY), 0, "decoding is off again");
     fixture.enable(1);
@@ -187,23 +220,14 @@ fn a_new_function_is_not_placed_where_another_was_moved_to() {
     fixture.enable(2);
     assert!(fixture.bus.remove_virtio(1, false).is_ok());
     fixture.write(2, BAR0, first);
-    fixture.bus.add_virtio(rng(&fixture.memory, &fixture.io_loop)).unwrap();
+    fixture.add(rng(), &fixture.io_loop);
     assert_ne!(fixture.shown(1, BAR0), first);
 }
 
 #[test]
 fn a_function_whose_driver_runs_stays_unless_forced_and_the_bridge_stays() {
     let fixture = fixture();
-    fixture.enable(1);
-    let status = u64::from(fixture.shown(1, BAR0)) + 0x14;
-    for bits in [1u8, 3, 11, 15] {
-        if bits == 11 {
-            let page = status - 0x14;
-            fixture.bus.write(page + 0x08, &1u32.to_le_bytes());
-            fixture.bus.write(page + 0x0c, &1u32.to_le_bytes());
-        }
-        assert!(fixture.bus.write(status, &[bits]));
-    }
+    let status = fixture.start_driver(1) + STATUS;
     assert_eq!(fixture.bus.remove_virtio(1, false).err(), Some(Stays::InUse));
     assert!(fixture.bus.write(status, &[0]));
     assert!(fixture.bus.remove_virtio(1, false).is_ok());

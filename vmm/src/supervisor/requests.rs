@@ -1,11 +1,8 @@
 //! What can be asked of a running machine, done to it.
 
-use std::sync::PoisonError;
-use std::time::{Duration, Instant};
-
-use mvm_devices::transport::VirtioPci;
 use mvm_devices::virtio::{DeviceSpec, balloon};
 
+use super::pause::{pause, resume};
 use crate::config::MachineConfig;
 use crate::control::server::Received;
 use crate::control::{
@@ -17,8 +14,6 @@ use crate::machine::Machine;
 use crate::vcpu::Running;
 use crate::{devices, log};
 
-/// How long virtual CPUs may take to be held.
-const PAUSE_TIME: Duration = Duration::from_secs(1);
 /// Memory a balloon leaves to its guest, in MiB.
 const LEAST_MIB: u64 = 32;
 
@@ -36,8 +31,8 @@ impl Subject<'_> {
         match request {
             Request::Info => Reply::Ok(Answer::Info(self.info())),
             Request::Metrics => Reply::Ok(Answer::Metrics(self.metrics())),
-            Request::Pause => self.pause(),
-            Request::Resume => self.resume(),
+            Request::Pause => done(pause(&self.machine.gate, &self.machine.bus, &self.vcpus)),
+            Request::Resume => done(resume(&self.machine.gate, &self.machine.bus.pci)),
             Request::Stop => {
                 self.machine.gate.finish(Exit::Stopped);
                 Reply::Ok(Answer::Done {})
@@ -113,35 +108,6 @@ impl Subject<'_> {
         reply
     }
 
-    /// Holds the CPUs, then the devices: from then on nothing touches guest memory.
-    fn pause(&self) -> Reply {
-        let kick = || self.vcpus.iter().for_each(Running::kick);
-        if !self.machine.gate.pause(self.vcpus.len(), Instant::now() + PAUSE_TIME, kick) {
-            return Reply::Error("the virtual CPUs did not come to a halt in time; they will".to_owned());
-        }
-        self.each_device("hold", VirtioPci::pause)
-    }
-
-    fn resume(&self) -> Reply {
-        let reply = self.each_device("let go on", VirtioPci::resume);
-        self.machine.gate.resume();
-        reply
-    }
-
-    fn each_device<E: std::error::Error>(
-        &self,
-        what: &str,
-        action: impl Fn(&mut VirtioPci) -> Result<(), E>,
-    ) -> Reply {
-        let mut reply = Reply::Ok(Answer::Done {});
-        self.machine.bus.pci.for_each_virtio(|_, device| {
-            if let Err(error) = action(&mut device.function) {
-                reply = Reply::Error(format!("cannot {what} {}: {error}", device.function.kind().name));
-            }
-        });
-        reply
-    }
-
     fn info(&self) -> Info {
         Info {
             id: self.config.id.as_str().to_owned(),
@@ -154,12 +120,10 @@ impl Subject<'_> {
 
     fn metrics(&self) -> Metrics {
         let bus = &self.machine.bus;
-        let dropped =
-            bus.serial.as_ref().map(|serial| serial.lock().unwrap_or_else(PoisonError::into_inner).dropped());
         Metrics {
             exits: bus.counters.exits(),
             devices: self.devices(),
-            serial_dropped: dropped.unwrap_or(0),
+            serial_dropped: bus.serial.as_ref().map_or(0, |serial| serial.dropped.get()),
             log_suppressed: log::suppressed(),
         }
     }
@@ -181,5 +145,12 @@ impl Subject<'_> {
             });
         });
         devices
+    }
+}
+
+fn done(result: Result<(), String>) -> Reply {
+    match result {
+        Ok(()) => Reply::Ok(Answer::Done {}),
+        Err(why) => Reply::Error(why),
     }
 }

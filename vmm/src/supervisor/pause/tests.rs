@@ -1,0 +1,99 @@
+//! Holding devices of which one does not come back.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use mvm_devices::device::{Io, Kind, VirtioDevice};
+use mvm_devices::error::Error;
+use mvm_devices::io_loop::IoLoop;
+use mvm_devices::virtio::{DeviceState, rng};
+
+use super::*;
+use crate::pci_bus::tests::fixture;
+
+/// Longest a test waits for what must come.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits in each kick, as in a request that the host does not complete, but not while it is started.
+struct Stuck {
+    started: bool,
+    entered: Sender<()>,
+    leave: Receiver<()>,
+}
+
+impl VirtioDevice for Stuck {
+    fn kind(&self) -> Kind {
+        rng::KIND
+    }
+
+    fn queues(&self) -> &[u16] {
+        &[64]
+    }
+
+    fn on_queue(&mut self, _: u16, _: &mut Io<'_>) -> Result<(), Error> {
+        if std::mem::replace(&mut self.started, true) {
+            self.entered.send(()).unwrap();
+            self.leave.recv_timeout(PATIENCE).unwrap();
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Rng(rng::State {})
+    }
+
+    fn restore(&mut self, _: &DeviceState) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Whether each device is held, by number.
+fn held(bus: &PciBus) -> Vec<bool> {
+    let mut held = Vec::new();
+    bus.for_each_virtio(|_, device| held.push(format!("{:?}", device.function).contains("Paused")));
+    held
+}
+
+#[test]
+fn devices_are_held_and_let_go_on_together() {
+    let fixture = fixture();
+    fixture.start_driver(1);
+    fixture.start_driver(2);
+    let bus = Arc::new(fixture.bus);
+    assert_eq!(hold(&bus, |bus| bus, PATIENCE), Ok(()));
+    assert_eq!(held(&bus), [true, true]);
+    assert_eq!(release(&bus), Ok(()));
+    assert_eq!(held(&bus), [false, false]);
+}
+
+#[test]
+fn one_device_that_does_not_come_back_lets_all_go_on() {
+    let fixture = fixture();
+    let own = IoLoop::spawn("stuck").unwrap();
+    let ((entered, inside), (go, leave)) = (channel(), channel());
+    fixture.add(Box::new(Stuck { started: false, entered, leave }), &own);
+    [1, 2, 3].map(|device| fixture.start_driver(device));
+    fixture.kick_last();
+    inside.recv_timeout(PATIENCE).unwrap();
+
+    let bus = Arc::new(fixture.bus);
+    let error = hold(&bus, |bus| bus, Duration::from_millis(50)).unwrap_err();
+    assert!(error.contains("did not complete its last request"), "{error}");
+    let mut seen = Vec::new();
+    assert_eq!(bus.for_each_virtio(|number, _| seen.push(number)), 1, "the stuck one is left out");
+    assert_eq!((seen, held(&bus)), (vec![1, 2], vec![false, false]));
+    // Again: it is still stuck, and that is said.
+    assert!(hold(&bus, |bus| bus, PATIENCE).unwrap_err().contains("busy"));
+    assert_eq!(held(&bus), [false, false]);
+
+    go.send(()).unwrap();
+    // Held and let go on, it looks at its queue once more.
+    inside.recv_timeout(PATIENCE).unwrap();
+    go.send(()).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while held(&bus).len() < 3 {
+        assert!(Instant::now() < end, "the thread does not leave the device");
+    }
+    assert_eq!(held(&bus), [false; 3], "whoever abandoned it lets it go on");
+    assert_eq!(hold(&bus, |bus| bus, PATIENCE), Ok(()));
+    assert_eq!(held(&bus), [true; 3]);
+}

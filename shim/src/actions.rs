@@ -1,6 +1,6 @@
 //! The short answers: `delete`, `-info` and `-v`.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fs, thread};
 
@@ -44,11 +44,16 @@ fn end_machine(record: &Record) {
         machine.kill();
         let deadline = Instant::now() + DYING;
         // It is no child of this process: nothing but looking tells when it is gone.
-        while machine.runs() && Instant::now() < deadline {
+        while machine.is_alive() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }
     }
-    if record.directory.starts_with(bundle::MACHINES) {
+    let is_ours = record.directory.starts_with(bundle::MACHINES)
+        && record
+            .directory
+            .components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if is_ours {
         remove_directory(&record.directory);
     }
 }

@@ -6,8 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use mvm_runtime::failure::{Context, Failure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use mvm_runtime::state::ProcessId;
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
@@ -84,16 +83,7 @@ pub(crate) struct Record {
     /// The daemon's socket.
     pub(crate) socket: PathBuf,
     /// The machine's process, once there is one.
-    pub(crate) machine: Option<Identity>,
-}
-
-/// A process that cannot be mistaken for a later one of the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
-    /// Its number.
-    pub(crate) pid: u32,
-    /// When it started, in clock ticks since the host did.
-    pub(crate) started: u64,
+    pub(crate) machine: Option<ProcessId>,
 }
 
 impl Record {
@@ -105,33 +95,6 @@ impl Record {
     /// The record in a bundle, if there is one.
     pub(crate) fn read(bundle: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(bundle.join(RECORD)).ok()?).ok()
-    }
-}
-
-impl Identity {
-    /// The process of this number, if it runs.
-    pub(crate) fn of(pid: u32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The second field, a name in parentheses, may hold anything; of the rest, the start time is the 20th.
-        let (_, rest) = stat.rsplit_once(')')?;
-        let mut fields = rest.split_whitespace();
-        let dead = matches!(fields.clone().next()?, "Z" | "X");
-        let started = fields.nth(19)?.parse().ok()?;
-        (!dead).then_some(Self { pid, started })
-    }
-
-    /// Kills the process if it still is the same.
-    pub(crate) fn kill(self) {
-        if self.runs()
-            && let Ok(pid) = i32::try_from(self.pid)
-        {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-    }
-
-    /// Whether the process still runs.
-    pub(crate) fn runs(self) -> bool {
-        Self::of(self.pid) == Some(self)
     }
 }
 
@@ -174,19 +137,12 @@ mod tests {
     }
 
     #[test]
-    fn a_record_survives_and_a_process_is_known_by_its_start() {
+    fn a_record_is_read_as_it_was_written() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(Record::read(bundle.path()), None);
-        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        let machine = Identity::of(child.id());
+        let machine = Some(ProcessId::own());
         let record = Record { directory: "/run/x".into(), socket: "/run/s".into(), machine };
         record.write(bundle.path()).unwrap();
         assert_eq!(Record::read(bundle.path()), Some(record));
-        let identity = machine.unwrap();
-        Identity { started: identity.started + 1, ..identity }.kill();
-        assert!(identity.runs(), "another process of the same number is not ours to kill");
-        identity.kill();
-        assert!(!child.wait().unwrap().success());
-        assert!(!identity.runs());
     }
 }

@@ -45,12 +45,6 @@ impl Error {
     pub(crate) fn failed(text: impl Into<String>) -> Self {
         Self { code: Code::UNKNOWN, text: text.into() }
     }
-
-    /// Which class of error it is.
-    #[cfg(test)]
-    pub(crate) fn code(&self) -> Code {
-        self.code
-    }
 }
 
 /// One line: clients show errors in a line, with a prefix of their own.

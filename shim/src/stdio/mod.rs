@@ -38,10 +38,9 @@ pub(crate) struct Owner {
     pub(crate) container: String,
 }
 
-/// The host's ends of the streams, open.
+/// The host's ends of the output streams, open.
 #[derive(Debug, Default)]
-pub(crate) struct Streams {
-    stdin: Option<Input>,
+pub(crate) struct Outputs {
     stdout: Option<Output>,
     stderr: Option<Output>,
     logger: Option<Logger>,
@@ -50,7 +49,7 @@ pub(crate) struct Streams {
 /// Standard input: a fifo, and a writing end of our own. As long as that is open no client that goes away, and no
 /// restart of containerd, ends the input; a client that means it says so, and then ours is closed.
 #[derive(Debug)]
-struct Input {
+pub(crate) struct Input {
     fifo: File,
     hold: File,
 }
@@ -73,25 +72,29 @@ enum Target<'a> {
 }
 
 impl Paths {
-    /// Opens what the streams are connected to. Blocks while a logging program gets ready.
-    pub(crate) fn open(&self, owner: &Owner) -> Result<Streams> {
-        let mut streams = Streams::default();
-        if !self.stdin.is_empty() {
-            let input = Input::open(Path::new(&self.stdin));
-            streams.stdin = Some(input.map_err(|error| cannot_open("standard input", &self.stdin, &error))?);
-        }
+    /// Opens what the output goes to. Blocks while a logging program gets ready.
+    pub(crate) fn open_outputs(&self, owner: &Owner) -> Result<Outputs> {
         if let Some(Target::Program { program, arguments }) = target(&self.stdout)? {
             let (logger, [stdout, stderr]) = Logger::start(&program, &arguments, owner)?;
-            streams.logger = Some(logger);
-            streams.stdout = Some(Output::Pipe(stdout));
-            streams.stderr = (!self.terminal).then_some(Output::Pipe(stderr));
-            return Ok(streams);
+            return Ok(Outputs {
+                logger: Some(logger),
+                stdout: Some(Output::Pipe(stdout)),
+                stderr: (!self.terminal).then_some(Output::Pipe(stderr)),
+            });
         }
-        streams.stdout = open_output("standard output", &self.stdout)?;
-        if !self.terminal {
-            streams.stderr = open_output("standard error", &self.stderr)?;
+        let stdout = open_output("standard output", &self.stdout)?;
+        let stderr = if self.terminal { None } else { open_output("standard error", &self.stderr)? };
+        Ok(Outputs { stdout, stderr, logger: None })
+    }
+
+    /// Opens standard input, which must not be before the process starts: until somebody reads, a client's first
+    /// write waits, and clients rely on that to learn of the task before they are through with their input.
+    pub(crate) fn open_input(&self) -> Result<Option<Input>> {
+        if self.stdin.is_empty() {
+            return Ok(None);
         }
-        Ok(streams)
+        let input = Input::open(Path::new(&self.stdin));
+        input.map(Some).map_err(|error| cannot_open("standard input", &self.stdin, &error))
     }
 
     /// What the guest is asked for.

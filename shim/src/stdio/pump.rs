@@ -17,7 +17,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 
-use super::{Input, Output, Streams};
+use super::{Input, Output, Outputs};
 
 /// Bytes carried at a time.
 const CHUNK: usize = 32 * 1024;
@@ -43,7 +43,7 @@ pub(crate) struct Pumps {
 
 impl Pumps {
     /// Begins to pump. Needs to be called in the runtime.
-    pub(crate) fn start(streams: Streams, process: Process) -> io::Result<Self> {
+    pub(crate) fn start(input: Option<Input>, sinks: Outputs, process: Process) -> io::Result<Self> {
         let mut outputs = Vec::new();
         let (mut stdin, mut hold) = (None, None);
         let terminal = process.terminal.map(stream).transpose()?;
@@ -52,7 +52,7 @@ impl Pumps {
             Some(terminal) => Some(Arc::clone(terminal)),
             None => process.stdin.map(stream).transpose()?,
         };
-        if let (Some(Input { fifo, hold: held }), Some(towards)) = (streams.stdin, towards) {
+        if let (Some(Input { fifo, hold: held }), Some(towards)) = (input, towards) {
             let fifo = pipe::Receiver::from_file(fifo)?;
             stdin = Some(tokio::spawn(feed(fifo, towards, half_closes)));
             hold = Some(held);
@@ -62,7 +62,7 @@ impl Pumps {
             None => process.stdout.map(stream).transpose()?,
         };
         let stderr = process.stderr.map(stream).transpose()?;
-        for (from, to) in [(stdout, streams.stdout), (stderr, streams.stderr)] {
+        for (from, to) in [(stdout, sinks.stdout), (stderr, sinks.stderr)] {
             if let Some(from) = from {
                 outputs.push(tokio::spawn(drain(from, to.map(Sink::new).transpose()?)));
             }
@@ -75,7 +75,7 @@ impl Pumps {
                 let _ = output.await;
             }
             report.send_replace(Progress::Drained);
-            if let Some(logger) = streams.logger {
+            if let Some(logger) = sinks.logger {
                 let _ = tokio::task::spawn_blocking(move || logger.wait()).await;
             }
             report.send_replace(Progress::Closed);

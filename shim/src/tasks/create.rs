@@ -8,13 +8,13 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::types::mount::Mount;
 use mvm_runtime::failure::Failure;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, RootfsMount, Sandbox};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::Process as OciProcess;
 
 use super::machine::{Machine, Place};
 use super::{Container, Process, Reply, Tasks};
 use crate::bundle::{self, Role};
 use crate::error::{Error, Result};
-use crate::stdio::{Owner, Paths, Streams};
+use crate::stdio::{Outputs, Owner, Paths};
 
 /// A task as a client asks for it.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub(crate) struct NewTask {
     pub(crate) bundle: PathBuf,
     /// Its root file system, as the snapshotter gave it.
     pub(crate) rootfs: Vec<Mount>,
-    /// Its init's streams.
+    /// Its init's outputs.
     pub(crate) stdio: Paths,
 }
 
@@ -42,9 +42,11 @@ struct Recipe {
 
 /// What was made.
 struct Made {
+    role: Role,
+    process: Box<OciProcess>,
     sandbox: Arc<dyn Sandbox>,
     booted: bool,
-    streams: Streams,
+    outputs: Outputs,
 }
 
 impl Tasks {
@@ -57,13 +59,7 @@ impl Tasks {
                 if recipe.sandbox.is_none() {
                     self.machine = Machine::Booting;
                 }
-                self.blocking(
-                    move || {
-                        let made = recipe.make();
-                        (recipe.role, recipe.request.spec, made)
-                    },
-                    move |tasks, (role, spec, made)| tasks.created(task, role, spec, made, reply),
-                );
+                self.blocking(move || recipe.make(), move |tasks, made| tasks.created(task, made, reply));
             }
         }
     }
@@ -91,7 +87,7 @@ impl Tasks {
         })
     }
 
-    fn created(&mut self, task: NewTask, role: Role, mut spec: Spec, made: Result<Made>, reply: Reply<u32>) {
+    fn created(&mut self, task: NewTask, made: Result<Made>, reply: Reply<u32>) {
         let unwanted = self.creating.remove(&task.id).unwrap_or(true);
         let booting = matches!(self.machine, Machine::Booting);
         let made = match made {
@@ -113,9 +109,8 @@ impl Tasks {
             let _ = reply.send(Err(Error::failed("nobody wants the task any more")));
             return self.end_machine(Box::new(|tasks| tasks.give_up(true)));
         }
-        let process = Box::new(spec.process_mut().take().unwrap_or_default());
-        let init = Process::new(task.stdio.clone(), process, Some(made.streams));
-        self.containers.insert(task.id.clone(), Container::new(role, task.bundle.clone(), init));
+        let init = Process::new(task.stdio.clone(), made.process, Some(made.outputs));
+        self.containers.insert(task.id.clone(), Container::new(made.role, task.bundle.clone(), init));
         self.publisher.publish("/tasks/create", &created_event(task, pid));
         let _ = reply.send(Ok(pid));
     }
@@ -129,28 +124,38 @@ impl Tasks {
 }
 
 impl Recipe {
-    fn make(&self) -> Result<Made> {
+    fn make(mut self) -> Result<Made> {
         let owner = Owner { namespace: self.place.namespace.clone(), container: self.request.id.clone() };
-        let streams = self.stdio.open(&owner)?;
+        let outputs = self.stdio.open_outputs(&owner)?;
         let (sandbox, booted) = match &self.sandbox {
             Some(sandbox) => (Arc::clone(sandbox), false),
             None => (self.boot()?, true),
         };
-        if self.role != Role::Sandbox
-            && let Err(failure) = sandbox.create(&self.request)
-        {
+        if let Err(failure) = self.furnish(&*sandbox, booted) {
             if booted {
                 // The first failure is the one to tell.
                 let _ = sandbox.end();
             }
             return Err(failure.into());
         }
-        Ok(Made { sandbox, booted, streams })
+        let process = Box::new(self.request.spec.process_mut().take().unwrap_or_default());
+        Ok(Made { role: self.role, process, sandbox, booted, outputs })
     }
 
     fn boot(&self) -> std::result::Result<Arc<dyn Sandbox>, Failure> {
         let pod = self.role == Role::Sandbox;
         self.place.boot(&*self.launcher, &self.request.bundle, &self.request.spec, pod)
+    }
+
+    /// Makes the container. A machine for one container may have waited for it to boot.
+    fn furnish(&self, sandbox: &dyn Sandbox, booted: bool) -> std::result::Result<(), Failure> {
+        if self.role != Role::Sandbox {
+            sandbox.create(&self.request)?;
+        }
+        if booted {
+            self.place.record(&self.request.bundle, &self.request.spec, sandbox.pid())?;
+        }
+        Ok(())
     }
 }
 

@@ -58,11 +58,11 @@ impl Tasks {
         }
         container.busy = true;
         let exit = *container.init.exit.borrow();
-        let pumps = match &mut container.init.state {
-            State::Stopped { pumps } => pumps.take(),
-            _ => None,
-        };
-        Ok(((pid, exit), pumps))
+        // One that never ran ends here without a word: its machine's end must not tell of it.
+        match std::mem::replace(&mut container.init.state, State::Stopped { pumps: None }) {
+            State::Stopped { pumps } => Ok(((pid, exit), pumps)),
+            _ => Ok(((pid, exit), None)),
+        }
     }
 
     fn flushed_for_delete(&mut self, name: Name, last: Last, reply: Reply<Last>) {

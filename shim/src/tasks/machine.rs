@@ -7,11 +7,12 @@ use std::thread;
 
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::sandbox::{Launcher, Sandbox, SandboxRequest};
-use oci_spec::runtime::Spec;
+use mvm_runtime::state::ProcessId;
+use oci_spec::runtime::{Process as OciProcess, Spec};
 use sha2::{Digest, Sha256};
 
 use super::{Exit, Job, KILLED, Name, State, Tasks, now};
-use crate::bundle::{Identity, MACHINES, Record};
+use crate::bundle::{MACHINES, Record};
 
 /// Stack of a thread that only waits, in bytes.
 const WAITING_STACK: usize = 128 * 1024;
@@ -72,7 +73,7 @@ impl Place {
         hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Boots the machine, recording it in the bundle before it is there and when it is.
+    /// Boots the machine, which is in the bundle's record before it is there.
     pub(super) fn boot(
         &self,
         launcher: &dyn Launcher,
@@ -82,22 +83,21 @@ impl Place {
     ) -> Result<Arc<dyn Sandbox>, Failure> {
         let id =
             self.machine_id().try_into().context(|| format!("{} cannot be a machine's name", self.group))?;
-        let mut record = Record { directory: self.directory(), socket: self.socket.clone(), machine: None };
-        let write = |record: &Record| {
-            record.write(bundle).context(|| format!("cannot write a record to {}", bundle.display()))
-        };
-        write(&record)?;
-        let request = SandboxRequest { id, directory: record.directory.clone(), spec: spec.clone(), pod };
-        let sandbox = launcher.boot(&request)?;
-        record.machine = Identity::of(sandbox.pid());
-        if let Err(failure) = write(&record) {
-            let _ = sandbox.end();
-            return Err(failure);
-        }
+        self.write_record(bundle, None)?;
+        launcher.boot(&SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod })
+    }
+
+    /// Records the machine's process.
+    pub(super) fn record(&self, bundle: &Path, spec: &Spec, pid: u32) -> Result<(), Failure> {
         // The machine is what the container is to the host's memory, and not to be spared as this shim is.
-        let score = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj).unwrap_or(0);
-        let _ = fs::write(format!("/proc/{}/oom_score_adj", sandbox.pid()), score.to_string());
-        Ok(sandbox)
+        let score = spec.process().as_ref().and_then(OciProcess::oom_score_adj).unwrap_or(0);
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
+        self.write_record(bundle, i32::try_from(pid).ok().and_then(ProcessId::of))
+    }
+
+    fn write_record(&self, bundle: &Path, machine: Option<ProcessId>) -> Result<(), Failure> {
+        let record = Record { directory: self.directory(), socket: self.socket.clone(), machine };
+        record.write(bundle).context(|| format!("cannot write a record to {}", bundle.display()))
     }
 }
 

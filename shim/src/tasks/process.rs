@@ -6,7 +6,7 @@ use mvm_protocol::WindowSize;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::watch;
 
-use crate::stdio::{Paths, Pumps, Streams};
+use crate::stdio::{Outputs, Paths, Pumps};
 
 /// Names a process: a container's init, or one of its execs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub(crate) struct Report {
     pub(crate) pid: u32,
     /// Its state.
     pub(crate) status: Status,
-    /// Its streams, by the client's words.
+    /// Its outputs, by the client's words.
     pub(crate) stdio: Paths,
     /// How it ended.
     pub(crate) exit: Option<Exit>,
@@ -68,8 +68,8 @@ pub(super) struct Process {
 
 /// Where a process is in its life.
 pub(super) enum State {
-    /// Asked for. An init's streams are open, an exec's are opened when it starts.
-    Created { process: Box<OciProcess>, streams: Option<Streams> },
+    /// Asked for. An init's outputs are open, an exec's are opened when it starts.
+    Created { process: Box<OciProcess>, outputs: Option<Outputs> },
     /// Being started.
     Starting,
     /// Running in the guest under this id.
@@ -83,14 +83,14 @@ pub(super) enum State {
 }
 
 impl Process {
-    pub(super) fn new(stdio: Paths, process: Box<OciProcess>, streams: Option<Streams>) -> Self {
+    pub(super) fn new(stdio: Paths, process: Box<OciProcess>, outputs: Option<Outputs>) -> Self {
         let size = process.console_size().map(|size| WindowSize {
             rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
             columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
         });
         Self {
             stdio,
-            state: State::Created { process, streams },
+            state: State::Created { process, outputs },
             size: size.unwrap_or_default(),
             stdin_closed: false,
             exit: watch::Sender::new(None),

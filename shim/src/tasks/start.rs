@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
-use mvm_protocol::ExitStatus;
+use mvm_protocol::{ExitStatus, WindowSize};
 use mvm_runtime::agent::Process as GuestProcess;
 use mvm_runtime::sandbox::Sandbox;
 use oci_spec::runtime::Process as OciProcess;
@@ -12,13 +12,36 @@ use super::machine::{Machine, waiting_thread};
 use super::{Exit, KILLED, Name, Process, Reply, State, Tasks, now};
 use crate::bundle::Role;
 use crate::error::{Error, Result};
-use crate::stdio::{Owner, Paths, Pumps, Streams};
+use crate::stdio::{Input, Outputs, Owner, Paths, Pumps};
 
-/// What came of starting a process, and what it was started with.
-struct Started {
+/// All that starting a process on another thread needs.
+struct Begun {
     process: Box<OciProcess>,
-    streams: Option<Streams>,
-    outcome: Result<GuestProcess>,
+    outputs: Option<Outputs>,
+    stdio: Paths,
+    size: WindowSize,
+    owner: Owner,
+    sandbox: Arc<dyn Sandbox>,
+}
+
+/// A process that runs, and what its streams are to be connected to.
+struct Started {
+    guest: GuestProcess,
+    input: Option<Input>,
+    outputs: Outputs,
+}
+
+impl Begun {
+    fn start(&mut self) -> Result<Started> {
+        let outputs = match self.outputs.take() {
+            Some(outputs) => outputs,
+            None => self.stdio.open_outputs(&self.owner)?,
+        };
+        let input = self.stdio.open_input()?;
+        let spec = self.stdio.spec(self.size);
+        let guest = self.sandbox.start(&self.owner.container, &self.process, spec)?;
+        Ok(Started { guest, input, outputs })
+    }
 }
 
 impl Tasks {
@@ -71,7 +94,9 @@ impl Tasks {
     }
 
     /// Takes what a start needs out of the process. `None` is a sandbox, which runs from here on.
-    fn begin_start(&mut self, name: &Name) -> Result<Option<(Box<OciProcess>, Option<Streams>)>> {
+    fn begin_start(&mut self, name: &Name) -> Result<Option<Begun>> {
+        let sandbox = self.sandbox();
+        let owner = Owner { namespace: self.place.namespace.clone(), container: name.container.clone() };
         let container = self.container(&name.container)?;
         let is_init = name.exec.is_empty();
         if !is_init && !matches!(container.init.state, State::Running { .. }) {
@@ -81,74 +106,51 @@ impl Tasks {
         if !is_init && container.paused {
             return Err(Error::failed_precondition("cannot exec in a paused state"));
         }
-        let role = container.role;
+        let is_sandbox = container.role == Role::Sandbox;
         let process = container.process(&name.exec)?;
-        let next = if role == Role::Sandbox { State::Virtual } else { State::Starting };
+        if !matches!(process.state, State::Created { .. }) {
+            let what = if matches!(process.state, State::Stopped { .. }) { "stopped" } else { "running" };
+            return Err(Error::failed_precondition(format!("cannot start a {what} process")));
+        }
+        let sandbox = sandbox?;
+        let next = if is_sandbox { State::Virtual } else { State::Starting };
+        let (stdio, size) = (process.stdio.clone(), process.size);
         match std::mem::replace(&mut process.state, next) {
-            State::Created { process, streams } => {
-                container.busy = is_init && role != Role::Sandbox;
-                Ok((role != Role::Sandbox).then_some((process, streams)))
+            State::Created { process, outputs } if !is_sandbox => {
+                container.busy = is_init;
+                Ok(Some(Begun { process, outputs, stdio, size, owner, sandbox }))
             }
-            other => {
-                let what = if matches!(other, State::Stopped { .. }) { "stopped" } else { "running" };
-                process.state = other;
-                Err(Error::failed_precondition(format!("cannot start a {what} process")))
-            }
+            _ => Ok(None),
         }
     }
 
-    fn start_in_guest(
-        &mut self,
-        name: Name,
-        (process, streams): (Box<OciProcess>, Option<Streams>),
-        reply: Reply<u32>,
-    ) {
-        let sandbox = self.sandbox();
-        let Ok(record) = self.process(&name) else { return };
-        let (paths, size) = (record.stdio.clone(), record.size);
-        let owner = Owner { namespace: self.place.namespace.clone(), container: name.container.clone() };
-        let container = name.container.clone();
+    fn start_in_guest(&mut self, name: Name, mut begun: Begun, reply: Reply<u32>) {
         self.blocking(
             move || {
-                let streams = match streams {
-                    Some(streams) => Ok(streams),
-                    None => paths.open(&owner),
-                };
-                let (streams, outcome) = match (streams, sandbox) {
-                    (Ok(streams), Ok(sandbox)) => {
-                        let started = sandbox.start(&container, &process, paths.spec(size));
-                        (Some(streams), started.map_err(Error::from))
-                    }
-                    (Err(error), _) | (Ok(_), Err(error)) => (None, Err(error)),
-                };
-                Started { process, streams, outcome }
+                let outcome = begun.start();
+                (begun.process, outcome)
             },
-            move |tasks, started| tasks.started(&name, started, reply),
+            move |tasks, (process, outcome)| {
+                let outcome = outcome.and_then(|started| tasks.attach(&name, started));
+                if let Err(error) = &outcome {
+                    log::warn!("process {name:?} not started: {error}");
+                    tasks.not_started(&name, process);
+                }
+                let _ = reply.send(outcome);
+                if name.exec.is_empty() {
+                    tasks.idle(&name.container);
+                } else {
+                    tasks.release_held_exit(&name.container);
+                }
+            },
         );
     }
 
-    fn started(&mut self, name: &Name, started: Started, reply: Reply<u32>) {
-        let Started { process, streams, outcome } = started;
-        match outcome.and_then(|guest| self.attach(name, guest, streams)) {
-            Ok(pid) => drop(reply.send(Ok(pid))),
-            Err(error) => {
-                log::warn!("process {name:?} not started: {error}");
-                self.not_started(name, process);
-                let _ = reply.send(Err(error));
-            }
-        }
-        if name.exec.is_empty() {
-            self.idle(&name.container);
-        } else {
-            self.release_held_exit(&name.container);
-        }
-    }
-
     /// Connects a process that runs, and tells of it before its end can be told.
-    fn attach(&mut self, name: &Name, guest: GuestProcess, streams: Option<Streams>) -> Result<u32> {
+    fn attach(&mut self, name: &Name, started: Started) -> Result<u32> {
         let sandbox = self.sandbox()?;
-        let id = guest.id;
-        let mut pumps = Pumps::start(streams.unwrap_or_default(), guest)
+        let id = started.guest.id;
+        let mut pumps = Pumps::start(started.input, started.outputs, started.guest)
             .map_err(|error| Error::failed(format!("cannot carry the process's streams: {error}")))?;
         let process = self.process(name)?;
         if process.stdin_closed {
@@ -163,7 +165,7 @@ impl Tasks {
     /// A process that could not be started is as it was, unless its machine is lost.
     fn not_started(&mut self, name: &Name, process: Box<OciProcess>) {
         let Ok(record) = self.process(name) else { return };
-        record.state = State::Created { process, streams: None };
+        record.state = State::Created { process, outputs: None };
         if name.exec.is_empty() && !matches!(self.machine, Machine::Up(_)) {
             self.process_is_over(name, Exit { status: KILLED, at: now() });
         }

@@ -1,0 +1,114 @@
+//! What is left when something dies, and who is told.
+
+use std::fs;
+use std::path::Path;
+
+use containerd_shim_protos::ttrpc::Code;
+use nix::libc::SIGKILL;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::bundles::shell;
+use crate::containerd::{Containerd, code};
+use crate::fifos::{Streams, fifo, read_all};
+use crate::host::{children, is_alive, wait_gone, wait_until};
+
+fn running() -> (Containerd, i32) {
+    let containerd = Containerd::with_shim("one", &shell("exec sleep 1000"));
+    let machine = containerd.create("one", &Streams::default()).unwrap();
+    containerd.run("one", "").unwrap();
+    (containerd, i32::try_from(machine).unwrap())
+}
+
+#[test]
+fn a_machine_that_dies_ends_its_task_once_with_137() {
+    let (mut containerd, machine) = running();
+    kill(Pid::from_raw(machine), Signal::SIGKILL).unwrap();
+    assert_eq!(containerd.wait("one", "").unwrap().exit_status, 137);
+    assert_eq!(code(containerd.kill("one", "", SIGKILL)), Code::NOT_FOUND);
+    assert_eq!(containerd.delete("one", "").unwrap().exit_status, 137);
+    assert_eq!(code(containerd.delete("one", "")), Code::NOT_FOUND);
+    let events = containerd.end("one");
+    assert_eq!(events, ["create one", "start one", "exit one/one 137", "delete one 137"]);
+}
+
+#[test]
+fn output_is_not_lost_with_the_machine() {
+    let containerd = Containerd::with_shim("one", &shell("echo said; exec sleep 1000"));
+    let stdio = Streams { stdout: fifo(&containerd, "out"), ..Streams::default() };
+    let out = read_all(&stdio.stdout);
+    let machine = containerd.create("one", &stdio).unwrap();
+    containerd.run("one", "").unwrap();
+    kill(Pid::from_raw(i32::try_from(machine).unwrap()), Signal::SIGKILL).unwrap();
+    containerd.wait("one", "").unwrap();
+    containerd.delete("one", "").unwrap();
+    let said = out.join().unwrap();
+    assert!(said.is_empty() || said == b"said\n", "{said:?}");
+}
+
+#[test]
+fn what_a_killed_shim_leaves_is_removed_by_delete_however_often() {
+    let (containerd, machine) = running();
+    let shim = containerd.shim_pid();
+    let socket = containerd.address.trim_start_matches("unix://").to_owned();
+    kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
+    wait_gone(shim);
+    for _ in 0..2 {
+        let response = containerd.delete_binary("one");
+        assert_eq!(response.exit_status, 137);
+        assert!(response.exited_at.is_some());
+        assert!(!is_alive(machine), "the machine is left");
+        assert!(!Path::new(&socket).exists(), "the socket is left");
+        assert!(!Path::new("/run/mvm").join(&containerd.namespace).exists(), "the directory is left");
+    }
+}
+
+#[test]
+fn delete_of_what_never_was_succeeds() {
+    let containerd = Containerd::new();
+    containerd.bundle("one", &shell("true"));
+    assert_eq!(containerd.delete_binary("one").exit_status, 137);
+    fs::write(containerd.path("one").join("mvm.json"), "{ no record").unwrap();
+    assert_eq!(containerd.delete_binary("one").exit_status, 137);
+}
+
+#[test]
+fn delete_touches_no_directory_that_is_no_machines() {
+    let containerd = Containerd::new();
+    containerd.bundle("one", &shell("true"));
+    let precious = containerd.path("precious");
+    fs::create_dir(&precious).unwrap();
+    let sneaky = format!("/run/mvm/../..{}", precious.display());
+    for directory in [precious.display().to_string(), sneaky] {
+        let record = serde_json::json!({"directory": directory, "socket": "/x", "machine": null});
+        fs::write(containerd.path("one").join("mvm.json"), record.to_string()).unwrap();
+        containerd.delete_binary("one");
+        assert!(precious.exists(), "{directory}");
+    }
+}
+
+#[test]
+fn events_wait_for_a_containerd_that_is_down_and_keep_their_order() {
+    let (mut containerd, _) = running();
+    containerd.events(2);
+    containerd.go_down();
+    containerd.kill("one", "", SIGKILL).unwrap();
+    containerd.wait("one", "").unwrap();
+    containerd.delete("one", "").unwrap();
+    containerd.take_events();
+    let events = containerd.events(4);
+    assert_eq!(events[2..], ["exit one/one 137", "delete one 137"]);
+    containerd.end("one");
+}
+
+#[test]
+fn an_orphan_is_reaped() {
+    let (containerd, _) = running();
+    // The shell ends first: its child becomes the shim's, which must not keep the corpse.
+    containerd.exec("one", "e", "sleep 0.5 & exit 0", &Streams::default()).unwrap();
+    containerd.run("one", "e").unwrap();
+    containerd.wait("one", "e").unwrap();
+    let shim = containerd.shim_pid();
+    assert!(children(shim).len() > 2, "the machine, the task and the orphan");
+    wait_until("the orphan is gone", || children(shim).len() == 2);
+}

@@ -84,7 +84,8 @@ fn leave_daemon(
 ) -> Result<(), Failure> {
     let (mut words, mouth) = io::pipe().context(|| "cannot make a pipe".to_owned())?;
     let other_mouth = mouth.try_clone().context(|| "cannot make a pipe".to_owned())?;
-    let mut command = Command::new("/proc/self/exe");
+    let program = std::env::current_exe().context(|| "cannot find the shim's program".to_owned())?;
+    let mut command = Command::new(program);
     command
         .args(["-namespace", &flags.namespace, "-id", group, "-address", &flags.address])
         .args(flags.debug.then_some("-debug"))

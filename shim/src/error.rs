@@ -13,37 +13,51 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 pub(crate) struct Error {
     code: Code,
     text: String,
+    /// What a task is said to have ended with whose program could not be started.
+    exit_status: u32,
 }
 
+/// What clients take for "it was not started".
+const NOT_STARTED: u32 = 128;
+
 impl Error {
+    fn new(code: Code, text: impl Into<String>) -> Self {
+        Self { code, text: text.into(), exit_status: NOT_STARTED }
+    }
+
     /// There is no such task, exec or process any more.
     pub(crate) fn not_found(text: impl Into<String>) -> Self {
-        Self { code: Code::NOT_FOUND, text: text.into() }
+        Self::new(Code::NOT_FOUND, text)
     }
 
     /// There is one of this name.
     pub(crate) fn already_exists(text: impl Into<String>) -> Self {
-        Self { code: Code::ALREADY_EXISTS, text: text.into() }
+        Self::new(Code::ALREADY_EXISTS, text)
     }
 
     /// It cannot be done in the state the task is in.
     pub(crate) fn failed_precondition(text: impl Into<String>) -> Self {
-        Self { code: Code::FAILED_PRECONDITION, text: text.into() }
+        Self::new(Code::FAILED_PRECONDITION, text)
     }
 
     /// The request contradicts itself.
     pub(crate) fn invalid_argument(text: impl Into<String>) -> Self {
-        Self { code: Code::INVALID_ARGUMENT, text: text.into() }
+        Self::new(Code::INVALID_ARGUMENT, text)
     }
 
     /// This runtime cannot do it.
     pub(crate) fn unimplemented(text: impl Into<String>) -> Self {
-        Self { code: Code::UNIMPLEMENTED, text: text.into() }
+        Self::new(Code::UNIMPLEMENTED, text)
     }
 
     /// It was tried and failed.
     pub(crate) fn failed(text: impl Into<String>) -> Self {
-        Self { code: Code::UNKNOWN, text: text.into() }
+        Self::new(Code::UNKNOWN, text)
+    }
+
+    /// What the task has ended with whose program could not be started for this reason.
+    pub(crate) fn exit_status(&self) -> u32 {
+        self.exit_status
     }
 }
 
@@ -68,7 +82,8 @@ impl From<Failure> for Error {
         if let Some(help) = failure.remedy() {
             text.push_str(&format!(" ({help})"));
         }
-        Self::failed(text)
+        let exit_status = not_runnable.map_or(NOT_STARTED, |error| u32::from(error.exit_code));
+        Self { exit_status, ..Self::failed(text) }
     }
 }
 

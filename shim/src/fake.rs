@@ -12,6 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
@@ -87,11 +88,9 @@ struct Running {
 }
 
 impl Running {
-    /// The process and what it started: each is a session of its own.
+    /// The process and what it started, which may have outlived it: each is a session of its own.
     fn kill(&self, signal: i32) {
-        if self.exit.is_none()
-            && let Ok(signal) = Signal::try_from(signal)
-        {
+        if let Ok(signal) = Signal::try_from(signal) {
             let _ = killpg(self.pid, signal);
         }
     }
@@ -137,9 +136,8 @@ impl Sandbox for FakeSandbox {
 
     fn start(&self, container: &str, process: &OciProcess, stdio: StdioSpec) -> Result<Process, Failure> {
         let (command, ours) = prepare(process, stdio)?;
-        let child = spawn(command)?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX));
+        let (pid, child) = spawn(command)?;
         let mut state = self.shared.lock();
         let members = state.containers.entry(container.to_owned()).or_default();
         let is_init = members.is_empty();
@@ -147,7 +145,8 @@ impl Sandbox for FakeSandbox {
         state.processes.insert(id, Running { pid, exit: None, terminal: ours.master });
         drop(state);
         let (shared, container) = (Arc::clone(&self.shared), container.to_owned());
-        thread::spawn(move || watch_process(child, id, is_init.then_some(container), &shared));
+        let _ = child
+            .send(Box::new(move |child| watch_process(child, id, is_init.then_some(container), &shared)));
         Ok(Process {
             id,
             pid: pid.as_raw().unsigned_abs(),
@@ -315,13 +314,32 @@ fn prepare(process: &OciProcess, stdio: StdioSpec) -> Result<(Command, Ours), Fa
         }
     }
     let rest = args.get(1..).unwrap_or_default();
-    command.arg(path).args(rest).current_dir("/").env_clear();
+    command.args(["setpriv", "--pdeathsig", "KILL"]).arg(path).args(rest).current_dir("/").env_clear();
     command.envs(env.iter().filter_map(|pair| pair.split_once('=')));
     Ok((command, ours))
 }
 
-fn spawn(mut command: Command) -> Result<Child, Failure> {
-    command.spawn().context(|| "cannot start the process".to_owned())
+/// What is done with a process once it is known.
+type Watcher = Box<dyn FnOnce(Child) + Send>;
+
+/// Starts a process that ends with this program, as a guest's would. What counts is the end of the thread that
+/// started it; so that one stays to watch it.
+fn spawn(mut command: Command) -> Result<(Pid, Sender<Watcher>), Failure> {
+    let (pids, pid) = channel();
+    let (watchers, watcher) = channel::<Watcher>();
+    thread::spawn(move || match command.spawn() {
+        Err(error) => drop(pids.send(Err(error))),
+        Ok(child) => {
+            drop(command);
+            let _ = pids.send(Ok(child.id()));
+            if let Ok(watch) = watcher.recv() {
+                watch(child);
+            }
+        }
+    });
+    let pid = pid.recv().context(|| "cannot start the process".to_owned())?;
+    let pid = pid.context(|| "cannot start the process".to_owned())?;
+    Ok((Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX)), watchers))
 }
 
 fn pipe(wanted: bool, ours: &mut Option<UnixStream>) -> Result<Stdio, Failure> {

@@ -8,7 +8,7 @@ use mvm_protocol::SignalTarget;
 use nix::libc::SIGKILL;
 
 use super::machine::Machine;
-use super::{Exit, KILLED, Name, State, Tasks, now};
+use super::{Exit, KILLED, Name, State, Tasks, Ticket, now};
 use crate::bundle::Role;
 use crate::events::timestamp;
 use crate::stdio::Progress;
@@ -18,22 +18,26 @@ pub(super) const DRAIN: Duration = Duration::from_secs(2);
 
 impl Tasks {
     /// A process has ended in the guest, or with it. Only the first word counts.
-    pub(super) fn process_exited(&mut self, name: &Name, status: u32) {
-        let Ok(process) = self.process(name) else { return };
+    pub(super) fn process_exited(&mut self, ticket: &Ticket, status: u32) {
+        let Some(process) = self.holder(ticket) else { return };
         let State::Running { .. } = &process.state else { return };
         let State::Running { pumps, .. } = std::mem::replace(&mut process.state, State::Starting) else {
             return;
         };
         let drained = pumps.reach(Progress::Drained, DRAIN);
         process.state = State::Ending { pumps };
-        let (me, name, exit) = (self.me.clone(), name.clone(), Exit { status, at: now() });
+        let (me, ticket, exit) = (self.me.clone(), ticket.clone(), Exit { status, at: now() });
         tokio::spawn(async move {
             drained.await;
-            me.tell(move |tasks| tasks.process_drained(&name, exit));
+            me.tell(move |tasks| tasks.process_drained(&ticket, exit));
         });
     }
 
-    fn process_drained(&mut self, name: &Name, exit: Exit) {
+    fn process_drained(&mut self, ticket: &Ticket, exit: Exit) {
+        if self.holder(ticket).is_none() {
+            return;
+        }
+        let name = &ticket.name;
         if !name.exec.is_empty() {
             self.process_is_over(name, exit);
             return self.release_held_exit(&name.container);
@@ -44,10 +48,10 @@ impl Tasks {
         }
         container.held_exit = Some(exit);
         self.kill_execs(&name.container);
-        let (me, id) = (self.me.clone(), name.container.clone());
+        let (me, ticket) = (self.me.clone(), ticket.clone());
         tokio::spawn(async move {
             tokio::time::sleep(DRAIN).await;
-            me.tell(move |tasks| tasks.force_held_exit(&id));
+            me.tell(move |tasks| tasks.force_held_exit(&ticket));
         });
     }
 
@@ -74,7 +78,11 @@ impl Tasks {
     }
 
     /// Execs that do not end although their init has are given up.
-    fn force_held_exit(&mut self, id: &str) {
+    fn force_held_exit(&mut self, init: &Ticket) {
+        if self.holder(init).is_none() {
+            return;
+        }
+        let id = &init.name.container;
         let Ok(container) = self.container(id) else { return };
         if container.held_exit.is_none() {
             return;
@@ -83,7 +91,7 @@ impl Tasks {
         let names: Vec<_> = alive.map(|(exec, _)| exec.clone()).collect();
         for exec in names {
             let exit = Exit { status: KILLED, at: now() };
-            self.process_is_over(&Name { container: id.to_owned(), exec }, exit);
+            self.process_is_over(&Name { container: id.clone(), exec }, exit);
         }
         self.release_held_exit(id);
     }

@@ -105,16 +105,20 @@ impl Tasks {
     /// The machine is up: its end will be noticed.
     pub(super) fn machine_is_up(&mut self, sandbox: Arc<dyn Sandbox>) {
         self.machine = Machine::Up(Arc::clone(&sandbox));
-        let me = self.me.clone();
+        self.machines += 1;
+        let (me, number) = (self.me.clone(), self.machines);
         waiting_thread("machine", move || {
             let how = sandbox.wait_machine();
             drop(sandbox);
-            me.tell(move |tasks| tasks.machine_is_lost(&how));
+            me.tell(move |tasks| tasks.machine_is_lost(number, &how));
         });
     }
 
     /// The machine has ended. If nobody ended it, whatever lived in it was killed.
-    fn machine_is_lost(&mut self, how: &str) {
+    fn machine_is_lost(&mut self, number: u64, how: &str) {
+        if self.machines != number {
+            return;
+        }
         if matches!(self.machine, Machine::Up(_)) {
             log::warn!("the machine has ended: {how}");
         }
@@ -123,15 +127,21 @@ impl Tasks {
             let execs: Vec<String> =
                 self.containers.get(&id).map(|c| c.execs.keys().cloned().collect()).unwrap_or_default();
             for exec in execs {
-                self.process_exited(&Name { container: id.clone(), exec }, KILLED);
+                self.process_is_lost(&Name { container: id.clone(), exec });
             }
             let init = Name { container: id, exec: String::new() };
-            self.process_exited(&init, KILLED);
+            self.process_is_lost(&init);
             if self.process(&init).is_ok_and(|p| matches!(p.state, State::Created { .. } | State::Virtual)) {
                 self.process_is_over(&init, Exit { status: KILLED, at: now() });
             }
         }
         self.end_machine(Box::new(|_| {}));
+    }
+
+    fn process_is_lost(&mut self, name: &Name) {
+        if let Ok(ticket) = self.ticket(name) {
+            self.process_exited(&ticket, KILLED);
+        }
     }
 
     /// Ends the machine if there is one, then goes on.

@@ -26,7 +26,7 @@ pub(crate) use create::NewTask;
 use machine::Machine;
 pub(crate) use machine::Place;
 pub(crate) use process::{Exit, Name, Report, Status};
-use process::{Process, State};
+use process::{Process, State, Ticket};
 
 /// Something the actor does.
 type Job = Box<dyn FnOnce(&mut Tasks) + Send>;
@@ -62,6 +62,8 @@ pub(crate) struct Tasks {
     publisher: Publisher,
     place: Arc<Place>,
     machine: Machine,
+    /// How many machines there were: what is told of one later may find another.
+    machines: u64,
     containers: BTreeMap<String, Container>,
     /// Containers being made, and whether nobody wants them any more.
     creating: BTreeMap<String, bool>,
@@ -101,6 +103,7 @@ impl Tasks {
             publisher,
             place: Arc::new(place),
             machine: Machine::Absent,
+            machines: 0,
             containers: BTreeMap::new(),
             creating: BTreeMap::new(),
             finished,
@@ -151,6 +154,16 @@ impl Tasks {
 
     fn process(&mut self, name: &Name) -> Result<&mut Process> {
         self.container(&name.container)?.process(&name.exec)
+    }
+
+    fn ticket(&mut self, name: &Name) -> Result<Ticket> {
+        let serial = self.process(name)?.serial;
+        Ok(Ticket { name: name.clone(), serial })
+    }
+
+    /// The process a ticket is for, if it is still there.
+    fn holder(&mut self, ticket: &Ticket) -> Option<&mut Process> {
+        self.process(&ticket.name).ok().filter(|process| process.serial == ticket.serial)
     }
 
     /// The machine, for a call about a container in it.

@@ -1,5 +1,6 @@
 //! A process of a container, from being asked for to being forgotten.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use mvm_protocol::WindowSize;
@@ -15,6 +16,13 @@ pub(crate) struct Name {
     pub(crate) container: String,
     /// The exec's id; empty for the init.
     pub(crate) exec: String,
+}
+
+/// A process, and no later one of the same name: what is told of it later may find that one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ticket {
+    pub(super) name: Name,
+    pub(super) serial: u64,
 }
 
 /// How and when a process ended.
@@ -56,6 +64,8 @@ pub(crate) struct Report {
 
 /// A process.
 pub(super) struct Process {
+    /// Tells it from others of its name.
+    pub(super) serial: u64,
     pub(super) stdio: Paths,
     pub(super) state: State,
     /// Its terminal's size, as last told before it started.
@@ -88,7 +98,9 @@ impl Process {
             rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
             columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
         });
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
+            serial: NEXT.fetch_add(1, Ordering::Relaxed),
             stdio,
             state: State::Created { process, outputs },
             size: size.unwrap_or_default(),

@@ -9,7 +9,7 @@ use mvm_runtime::sandbox::Sandbox;
 use oci_spec::runtime::Process as OciProcess;
 
 use super::machine::{Machine, waiting_thread};
-use super::{Exit, KILLED, Name, Process, Reply, State, Tasks, now};
+use super::{Exit, KILLED, Name, Process, Reply, State, Tasks, Ticket, now};
 use crate::bundle::Role;
 use crate::error::{Error, Result};
 use crate::stdio::{Input, Outputs, Owner, Paths, Pumps};
@@ -134,7 +134,7 @@ impl Tasks {
                 let outcome = outcome.and_then(|started| tasks.attach(&name, started));
                 if let Err(error) = &outcome {
                     log::warn!("process {name:?} not started: {error}");
-                    tasks.not_started(&name, process);
+                    tasks.not_started(&name, process, error);
                 }
                 let _ = reply.send(outcome);
                 if name.exec.is_empty() {
@@ -158,16 +158,29 @@ impl Tasks {
         }
         process.state = State::Running { id, pumps };
         let pid = self.publish_start(name);
-        self.await_exit(name.clone(), id, sandbox);
+        let ticket = self.ticket(name)?;
+        self.await_exit(ticket, id, sandbox);
         Ok(pid)
     }
 
-    /// A process that could not be started is as it was, unless its machine is lost.
-    fn not_started(&mut self, name: &Name, process: Box<OciProcess>) {
-        let Ok(record) = self.process(name) else { return };
+    /// An exec that could not be started is as it was. An init is over, with nobody to tell: that it started was not
+    /// told either. If the machine was lost meanwhile, that is told as of any other task.
+    fn not_started(&mut self, name: &Name, process: Box<OciProcess>, error: &Error) {
+        let is_up = matches!(self.machine, Machine::Up(_));
+        let Ok(container) = self.container(&name.container) else { return };
+        let role = container.role;
+        let Ok(record) = container.process(&name.exec) else { return };
         record.state = State::Created { process, outputs: None };
-        if name.exec.is_empty() && !matches!(self.machine, Machine::Up(_)) {
-            self.process_is_over(name, Exit { status: KILLED, at: now() });
+        if !name.exec.is_empty() {
+            return;
+        }
+        if !is_up {
+            return self.process_is_over(name, Exit { status: KILLED, at: now() });
+        }
+        record.state = State::Stopped { pumps: None };
+        record.exit.send_replace(Some(Exit { status: error.exit_status(), at: now() }));
+        if role == Role::Alone {
+            self.end_machine(Box::new(|_| {}));
         }
     }
 
@@ -185,13 +198,13 @@ impl Tasks {
         pid
     }
 
-    fn await_exit(&self, name: Name, id: u64, sandbox: Arc<dyn Sandbox>) {
+    fn await_exit(&self, ticket: Ticket, id: u64, sandbox: Arc<dyn Sandbox>) {
         let me = self.me.clone();
         waiting_thread("process", move || {
             let status = sandbox.wait(id).map(ExitStatus::shell_code);
             drop(sandbox);
             let status = status.map_or(KILLED, u32::from);
-            me.tell(move |tasks| tasks.process_exited(&name, status));
+            me.tell(move |tasks| tasks.process_exited(&ticket, status));
         });
     }
 }

@@ -15,7 +15,7 @@ use nix::libc::{SIGCONT, SIGKILL, SIGTERM};
 use crate::bundles::shell;
 use crate::containerd::{Containerd, code, context};
 use crate::fifos::Streams;
-use crate::host::{is_alive, wait_until};
+use crate::host::{is_alive, wait_gone, wait_until};
 
 #[test]
 fn a_task_is_created_runs_and_is_deleted_and_each_step_is_told() {
@@ -182,16 +182,19 @@ fn a_machine_that_does_not_boot_leaves_nothing_and_may_be_tried_again() {
 }
 
 #[test]
-fn a_program_that_is_missing_fails_the_start_and_the_task_can_be_deleted() {
+fn a_program_that_is_missing_fails_the_start_and_the_task_is_over() {
     let mut config = shell("");
     config["process"]["args"] = serde_json::json!(["no-such-program"]);
     let mut containerd = Containerd::with_shim("one", &config);
-    containerd.create("one", &Streams::default()).unwrap();
+    let machine = containerd.create("one", &Streams::default()).unwrap();
     let error = containerd.run("one", "").unwrap_err();
     assert!(error.to_string().contains("no-such-program"), "{error}");
-    containerd.kill("one", "", SIGKILL).unwrap();
+    assert_eq!(containerd.wait("one", "").unwrap().exit_status, 128);
+    assert_eq!(code(containerd.kill("one", "", SIGKILL)), Code::NOT_FOUND);
+    // A client that forgets it is left with a record, not with a machine.
+    wait_gone(i32::try_from(machine).unwrap());
     containerd.delete("one", "").unwrap();
-    assert_eq!(containerd.end("one"), ["create one", "exit one/one 137", "delete one 137"]);
+    assert_eq!(containerd.end("one"), ["create one", "delete one 128"]);
 }
 
 #[test]

@@ -127,7 +127,7 @@ fn a_slow_reader_gets_everything_although_the_process_has_ended() {
 
 #[test]
 fn what_a_process_leaves_behind_does_not_hold_up_its_exit() {
-    let containerd = Containerd::with_shim("one", &shell("exec sleep 1000"));
+    let mut containerd = Containerd::with_shim("one", &shell("exec sleep 1000"));
     containerd.create("one", &Streams::default()).unwrap();
     containerd.run("one", "").unwrap();
     let stdio = Streams { stdout: fifo(&containerd, "out"), ..Streams::default() };
@@ -139,6 +139,10 @@ fn what_a_process_leaves_behind_does_not_hold_up_its_exit() {
     containerd.delete("one", "e").unwrap();
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     assert_eq!(out.join().unwrap(), b"said\n");
+    containerd.kill("one", "", SIGKILL).unwrap();
+    containerd.wait("one", "").unwrap();
+    containerd.delete("one", "").unwrap();
+    containerd.end("one");
 }
 
 #[test]

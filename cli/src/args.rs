@@ -6,8 +6,10 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mvm_devices::virtio::{DeviceSpec, NAMES};
+use mvm_runtime::container::{CapName, Volume};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
 use mvm_runtime::net::{Choice, Publish};
+use mvm_runtime::state::Restart;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
 use crate::life::args::Life;
@@ -35,6 +37,9 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Print what makes a shell complete these commands
     Completion(Completion),
+    /// Own a container that `run --detach` leaves behind
+    #[command(hide = true)]
+    Own,
     /// Write the manual's pages
     #[command(hide = true)]
     Manual(Manual),
@@ -113,9 +118,27 @@ pub(crate) struct Run {
     /// Give the container a terminal
     #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Leave the container running and print its id; `mvm logs` shows what it writes
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Remove a detached container when it has ended; one that is not detached always is
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// When to start a detached container again: no, on-failure[:N] or always
+    #[arg(long, value_name = "POLICY", default_value = "no")]
+    pub(crate) restart: Restart,
+    /// Mark the container: NAME or NAME=VALUE; may be repeated
+    #[arg(short, long, value_name = "LABEL")]
+    pub(crate) label: Vec<String>,
     /// Environment: NAME=VALUE, or NAME to pass this one's on; may be repeated
     #[arg(short, long, value_name = "VAR")]
     pub(crate) env: Vec<String>,
+    /// Environment from a file, one variable a line; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// A file or directory of the host: HOST:CONTAINER[:ro]; may be repeated
+    #[arg(short, long, value_name = "VOLUME")]
+    pub(crate) volume: Vec<Volume>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR")]
     pub(crate) workdir: Option<String>,
@@ -125,9 +148,24 @@ pub(crate) struct Run {
     /// Program to run instead of the image's entry point
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<String>,
-    /// Name of the machine and its host name
+    /// Name of the container
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<MachineId>,
+    /// Host name in the container; its name if none is given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+    /// Most processes it may have
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) pids: Option<i64>,
+    /// Keep what it writes on a disk of this size instead of in its memory: 512M, 8G
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) disk_size: Option<MemSize>,
+    /// Give it a capability besides the usual ones, or ALL; may be repeated
+    #[arg(long, value_name = "CAP")]
+    pub(crate) cap_add: Vec<CapName>,
+    /// Take a capability away, or ALL; may be repeated
+    #[arg(long, value_name = "CAP")]
+    pub(crate) cap_drop: Vec<CapName>,
     /// Refuse writes to the root file system
     #[arg(long)]
     pub(crate) read_only: bool,

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
             complete(options.shell);
             Ok(0)
         }
+        Command::Own => run::left_behind(),
         Command::Manual(options) => manual(&options.directory),
     };
     match result {

@@ -15,7 +15,6 @@ use mvm_protocol::{ExitStatus, PidNamespace, ShutdownMode, User, WindowSize};
 use mvm_runtime::agent::{Process, ProcessSpec, StdioSpec};
 use mvm_runtime::container::{Container, ROOT, Request, Upper, root_file_system};
 use mvm_runtime::guest::cpio::Archive;
-use mvm_runtime::machine::Net;
 use mvm_vmm::exit::Exit;
 
 /// Bound of anything a test waits for; an emulated host is thirty times slower than a real one.

@@ -111,7 +111,7 @@ fn gc(home: &Home, format: Format) -> Result<u8, Failure> {
 }
 
 /// Prints to standard output; whoever closed it has read enough.
-fn print(text: &str) -> Result<(), Failure> {
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Failure::because("cannot write the output", error))

@@ -67,7 +67,7 @@ impl Fixture {
         let directory = scratch().join(&name);
         let launcher = MachineLauncher { state: state(), ..Default::default() };
         let id = name.parse().expect("a name");
-        let request = SandboxRequest { id, directory: directory.clone(), spec: spec.clone(), pod };
+        let request = SandboxRequest { id, directory: directory.clone(), spec: spec.clone(), pod, net: None };
         Self { sandbox: unwrap(launcher.boot(&request)), directory }
     }
 

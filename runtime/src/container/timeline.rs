@@ -16,7 +16,7 @@ const EVENT_TIME: Duration = Duration::from_secs(1);
 pub struct Timeline(Vec<(&'static str, u64)>);
 
 impl Timeline {
-    pub(super) fn begin(spawned_ns: u64) -> Self {
+    pub(crate) fn begin(spawned_ns: u64) -> Self {
         Self(vec![("machine is started", spawned_ns)])
     }
 
@@ -26,7 +26,7 @@ impl Timeline {
     }
 
     /// Adds what the machine told of its own start.
-    pub(super) fn machine(&mut self, machine: &mut Machine) -> Result<(), Failure> {
+    pub(crate) fn machine(&mut self, machine: &mut Machine) -> Result<(), Failure> {
         // The agent has called, so these events are on their way or here.
         machine.hear_of_start(EVENT_TIME)?;
         if let Some(stages) = machine.stages() {

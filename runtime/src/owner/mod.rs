@@ -171,6 +171,15 @@ impl Owner {
         Ok(())
     }
 
+    /// The container never came to be: nothing of it is kept.
+    ///
+    /// # Errors
+    /// Something of it is left behind.
+    pub fn abandon(self) -> Result<(), Failure> {
+        self.lock().record.remove = true;
+        self.finish()
+    }
+
     fn run(&self) -> Result<Run, Failure> {
         let state = self.lock();
         state.run.clone().ok_or_else(|| {

@@ -6,7 +6,7 @@ use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 use super::machine::MachineSandbox;
 use super::{ContainerRequest, Sandbox, member};
 use crate::agent::{Error as AgentError, Process, ProcessSpec, StdioSpec};
-use crate::container::start_failure;
+use crate::container::{Timeline, start_failure};
 use crate::failure::{Context, Failure};
 use crate::spec;
 
@@ -73,6 +73,7 @@ impl Sandbox for MachineSandbox {
         if let Some(member) = self.members().get_mut(container) {
             member.started(process.id);
         }
+        self.reach("process runs");
         Ok(process)
     }
 
@@ -144,6 +145,10 @@ impl Sandbox for MachineSandbox {
 
     fn remove(&self, container: &str) -> Result<(), Failure> {
         member::remove(self, container)
+    }
+
+    fn timeline(&self) -> Option<Timeline> {
+        self.timeline().clone()
     }
 
     fn wait_machine(&self) -> String {

@@ -16,11 +16,11 @@ use super::member::Member;
 use super::shares::Shares;
 use super::stage::{Live, Stages};
 use super::wiring::Wiring;
-use crate::container::CMDLINE;
+use crate::container::{CMDLINE, Timeline};
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
 use crate::machine::{Disk, Plan, prepare};
-use crate::net::Netns;
+use crate::net::{NetRequest, Netns};
 use crate::spec::{Settings, Size, size};
 
 /// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
@@ -40,15 +40,25 @@ pub(super) struct MachineSandbox {
     pub(super) directory: PathBuf,
     pub(super) settings: Settings,
     pub(super) size: Size,
-    netns: Netns,
+    place: Place,
     /// Its cards, while it runs.
     wiring: Mutex<Option<Wiring>>,
     pod: bool,
     hostname: Option<String>,
     pub(super) stages: Arc<Stages>,
+    timeline: Mutex<Option<Timeline>>,
     /// Held while a container is made or removed: its disks and shares are one change.
     changing: Mutex<Shares>,
     members: Mutex<BTreeMap<String, Member>>,
+}
+
+/// Where a machine's network is.
+#[derive(Debug)]
+enum Place {
+    /// In a name space that an engine has made, where its process lives too.
+    Given(Netns),
+    /// Wherever it is made.
+    Made(NetRequest),
 }
 
 impl MachineSandbox {
@@ -62,8 +72,12 @@ impl MachineSandbox {
             directory: request.directory.clone(),
             settings,
             size: size(&request.spec, &settings, launcher.host),
-            netns: Netns::of(&request.spec)?,
+            place: match &request.net {
+                Some(net) => Place::Made(net.clone()),
+                None => Place::Given(Netns::of(&request.spec)?),
+            },
             wiring: Mutex::default(),
+            timeline: Mutex::default(),
             pod: request.pod,
             hostname: request.spec.hostname().clone(),
             stages: Stages::new(),
@@ -86,7 +100,10 @@ impl MachineSandbox {
     pub(super) fn start_machine(&self, disks: Vec<Disk>) -> Result<Arc<Live>, Failure> {
         let guest = GuestFiles::find()?;
         let initrd = guest.initrd(&self.state.join("guest"))?;
-        let mut wiring = Wiring::prepare(&self.netns, self.id.as_str())?;
+        let mut wiring = match &self.place {
+            Place::Given(netns) => Wiring::prepare(netns, self.id.as_str())?,
+            Place::Made(net) => Wiring::make(net, self.id.as_str())?,
+        };
         let plan = Plan {
             id: self.id.clone(),
             cpus: self.size.cpus,
@@ -97,7 +114,10 @@ impl MachineSandbox {
             disks,
             nets: wiring.nets(),
             // Whoever looks for the container's network looks where its process is.
-            netns: Some(self.netns.clone()),
+            netns: match &self.place {
+                Place::Given(netns) => Some(netns.clone()),
+                Place::Made(_) => None,
+            },
             console: None,
             vsock: true,
             devices: Vec::new(),
@@ -106,13 +126,30 @@ impl MachineSandbox {
         let prepared = prepare(&plan)?;
         let log = self.log()?;
         let mut machine = prepared.start(Some(log))?;
+        let mut timeline = Timeline::begin(machine.spawned_ns());
         let agent = machine.agent(self.identity(), AGENT_TIME)?;
-        let place = Configure { hostname: Some(self.hostname()), ..wiring.configure() };
+        timeline.machine(&mut machine)?;
+        timeline.reach("agent says hello");
+        let place = Configure { hostname: Some(self.hostname()), ..wiring.configure(&self.hostname()) };
         agent.configure(place).context(|| "cannot configure the guest".to_owned())?;
+        timeline.reach("guest is configured");
+        *self.timeline() = Some(timeline);
         let live = self.stages.start(machine, agent)?;
         wiring.follow(&self.stages, self.pod)?;
         *self.wiring() = Some(wiring);
         Ok(live)
+    }
+
+    /// The stages of the start so far.
+    pub(super) fn timeline(&self) -> MutexGuard<'_, Option<Timeline>> {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stage of the start is reached.
+    pub(super) fn reach(&self, stage: &'static str) {
+        if let Some(timeline) = &mut *self.timeline() {
+            timeline.reach(stage);
+        }
     }
 
     fn wiring(&self) -> MutexGuard<'_, Option<Wiring>> {

@@ -13,7 +13,7 @@ use super::volumes::{Volumes, bring};
 use crate::failure::{Context, Failure};
 use crate::machine::{DeviceName, Disk};
 use crate::rootfs::{self, LAYER_DISKS, Prepared, UPPER_BYTES, Upper};
-use crate::spec::{Profile, Settings, Translated, translate};
+use crate::spec::{Profile, Translated, translate};
 
 /// Longest id the agent takes.
 const MAX_ID: usize = mvm_protocol::limits::MAX_ID;
@@ -94,13 +94,15 @@ fn prepare(
     let directory = sandbox.directory.join(root_name(&request.id));
     std::fs::create_dir_all(&directory).context(|| format!("cannot make {}", directory.display()))?;
     let root = request.spec.root().as_ref().map(|root| request.bundle.join(root.path()));
-    let settings = Settings { ..sandbox.settings };
     let rootfs = rootfs::prepare(
         &rootfs::Request {
             container: &request.id,
             mounts: &request.rootfs,
             root: root.as_deref(),
-            upper: Upper::Disk { bytes: settings.upper_bytes.unwrap_or(UPPER_BYTES) },
+            upper: match sandbox.settings.upper_bytes.unwrap_or(UPPER_BYTES) {
+                0 => Upper::Memory { bytes: 0 },
+                bytes => Upper::Disk { bytes },
+            },
             directory: &directory,
             layer_disks: LAYER_DISKS,
         },
@@ -148,7 +150,9 @@ fn install(
         surroundings: translated.surroundings,
     };
     let made = shares.push(&live.agent).and_then(|()| {
-        live.agent.set_up_root(root).context(|| format!("cannot set up container {}", request.id))
+        live.agent.set_up_root(root).context(|| format!("cannot set up container {}", request.id))?;
+        sandbox.reach("container is set up");
+        Ok(())
     });
     match made {
         Ok(()) => Ok(member),

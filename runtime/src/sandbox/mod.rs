@@ -24,7 +24,9 @@ use mvm_vmm::config::MachineId;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 
 use crate::agent::{Process, StdioSpec};
+use crate::container::Timeline;
 use crate::failure::Failure;
+use crate::net::NetRequest;
 
 /// Makes sandboxes.
 pub trait Launcher: Send + Sync {
@@ -47,6 +49,8 @@ pub struct SandboxRequest {
     pub spec: Spec,
     /// The sandbox holds a pod: containers will be added and removed while it runs.
     pub pod: bool,
+    /// A network made for it; without one it takes its place in the specification's network name space.
+    pub net: Option<NetRequest>,
 }
 
 /// A container to be made in a sandbox.
@@ -165,6 +169,11 @@ pub trait Sandbox: Send + Sync {
     /// # Errors
     /// The agent does not answer.
     fn remove(&self, container: &str) -> Result<(), Failure>;
+
+    /// When each stage of its first container's start was reached; `None` before there is one, or if nobody knows.
+    fn timeline(&self) -> Option<Timeline> {
+        None
+    }
 
     /// Waits until the machine has ended, by itself or by [`Sandbox::end`]; tells how, for people.
     fn wait_machine(&self) -> String;

@@ -9,12 +9,63 @@ use super::stage::Stages;
 use crate::failure::{Context, Failure};
 use crate::machine::Control;
 use crate::net::{
-    Net, Netns, Network, PortForward, SpareTap, Twin, Watch, forward_localhost, mac_of, scan, twin, watch,
+    Connection, Net, NetRequest, Netns, Network, PortForward, SpareTap, Twin, Watch, forward_localhost,
+    mac_of, scan, twin, watch,
 };
 
-/// The machine's cards and what keeps them up to date. Undone when dropped.
+/// A machine's network. Undone when dropped.
 #[derive(Debug)]
-pub(super) struct Wiring {
+pub(super) enum Wiring {
+    /// One an engine has made, and may change.
+    Followed(Followed),
+    /// One that was made for it.
+    Made(Connection),
+}
+
+impl Wiring {
+    /// Makes taps for the links of `netns`, or one in reserve for machine `id` if there is no network yet.
+    pub(super) fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
+        Followed::prepare(netns, id).map(Self::Followed)
+    }
+
+    /// Makes a network for machine `id`.
+    pub(super) fn make(net: &NetRequest, id: &str) -> Result<Self, Failure> {
+        net.connect(id).map(Self::Made)
+    }
+
+    /// The cards the machine is started with.
+    pub(super) fn nets(&self) -> Vec<Net> {
+        match self {
+            Self::Followed(followed) => followed.nets(),
+            Self::Made(connection) => connection.nets.clone(),
+        }
+    }
+
+    /// What the guest is told at first.
+    pub(super) fn configure(&self, hostname: &str) -> Configure {
+        match self {
+            Self::Followed(followed) => followed.configure(),
+            Self::Made(connection) => {
+                // An engine gives its containers a file; here nobody else does.
+                let hosts = format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost {hostname}\n");
+                Configure { hosts: Some(hosts), ..connection.place.clone() }
+            }
+        }
+    }
+
+    /// From now on the guest follows what an engine changes; connections to localhost in its name space reach the
+    /// guest if `forward`.
+    pub(super) fn follow(&mut self, stages: &Arc<Stages>, forward: bool) -> Result<(), Failure> {
+        match self {
+            Self::Followed(followed) => followed.follow(stages, forward),
+            Self::Made(_) => Ok(()),
+        }
+    }
+}
+
+/// The cards for an engine's network and what keeps them up to date.
+#[derive(Debug)]
+pub(super) struct Followed {
     netns: Netns,
     /// What there was when the machine was started.
     known: Network,
@@ -32,9 +83,8 @@ struct Cards {
     spare: Option<SpareTap>,
 }
 
-impl Wiring {
-    /// Makes taps for the links of `netns`, or one in reserve for machine `id` if there is no network yet.
-    pub(super) fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
+impl Followed {
+    fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
         let known = scan(netns).context(|| format!("cannot read the network of {netns}"))?;
         let cards = if known.is_usable() {
             let twins = known.links.iter().map(|link| twin(netns, link)).collect::<Result<_, _>>()?;
@@ -46,19 +96,16 @@ impl Wiring {
         Ok(Self { netns: netns.clone(), known, cards, _watch: None, _forward: None })
     }
 
-    /// The cards the machine is started with.
-    pub(super) fn nets(&self) -> Vec<Net> {
+    fn nets(&self) -> Vec<Net> {
         let cards = self.cards.lock().unwrap_or_else(PoisonError::into_inner);
         cards.twins.iter().map(Twin::net).chain(cards.spare.iter().map(SpareTap::net)).collect()
     }
 
-    /// What the guest is told at first.
-    pub(super) fn configure(&self) -> Configure {
+    fn configure(&self) -> Configure {
         if self.known.is_usable() { self.known.configure() } else { Configure::default() }
     }
 
-    /// From now on the guest follows what changes; connections to localhost in the name space reach it if `forward`.
-    pub(super) fn follow(&mut self, stages: &Arc<Stages>, forward: bool) -> Result<(), Failure> {
+    fn follow(&mut self, stages: &Arc<Stages>, forward: bool) -> Result<(), Failure> {
         let (netns, cards, told) = (self.netns.clone(), Arc::clone(&self.cards), Arc::clone(stages));
         let report = move |network: Network| {
             let mut cards = cards.lock().unwrap_or_else(PoisonError::into_inner);

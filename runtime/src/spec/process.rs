@@ -49,11 +49,7 @@ pub fn process(process: &Process, profile: &Profile) -> Result<ProcessPart> {
         args,
         env: process.env().clone().unwrap_or_default(),
         cwd: cwd.to_owned(),
-        user: User::Ids {
-            uid: user.uid(),
-            gid: user.gid(),
-            groups: user.additional_gids().clone().unwrap_or_default(),
-        },
+        user: account(user),
         oom_score_adj: oom_score_adj.ok_or_else(|| {
             Refused::new("process.oomScoreAdj", format!("{adjustment} is not in -1000 to 1000"))
         })?,
@@ -69,6 +65,18 @@ pub fn process(process: &Process, profile: &Profile) -> Result<ProcessPart> {
         },
         window: window(process)?,
     })
+}
+
+/// Who the process runs as. A name stands where nobody has looked it up: the agent does, in the container's own user
+/// database, as an image's `User` is meant.
+fn account(user: &oci_spec::runtime::User) -> User {
+    let groups = user.additional_gids().clone().unwrap_or_default();
+    match user.username() {
+        Some(name) if !name.is_empty() && user.uid() == 0 && user.gid() == 0 && groups.is_empty() => {
+            User::Named(name.clone())
+        }
+        _ => User::Ids { uid: user.uid(), gid: user.gid(), groups },
+    }
 }
 
 fn umask(mask: u32) -> Result<u32> {

@@ -14,7 +14,7 @@ pub const PREFIX: &str = "io.mvm.";
 pub const MEMORY: &str = "io.mvm.memory";
 /// Virtual CPUs of the machine.
 pub const VCPUS: &str = "io.mvm.vcpus";
-/// Size of the disk of a container's writes: `512M`, `10G`.
+/// Size of the disk of a container's writes: `512M`, `10G`; `0` has them in the guest's memory.
 pub const UPPER_SIZE: &str = "io.mvm.upper_size";
 /// The annotations that may be used unless a configuration says otherwise: sizes.
 pub const ALLOWED: [&str; 3] = [MEMORY, VCPUS, UPPER_SIZE];
@@ -33,7 +33,7 @@ pub struct Settings {
     pub memory: Option<MemSize>,
     /// [`VCPUS`].
     pub cpus: Option<VcpuCount>,
-    /// [`UPPER_SIZE`], in bytes.
+    /// [`UPPER_SIZE`], in bytes; 0 is no disk.
     pub upper_bytes: Option<u64>,
 }
 
@@ -60,8 +60,9 @@ impl Settings {
                     settings.cpus = Some(count.ok_or_else(|| not("number of CPUs from 1 to 32"))?);
                 }
                 UPPER_SIZE => {
-                    let size: MemSize = value.parse().map_err(|_| not("size of a disk"))?;
-                    settings.upper_bytes = Some(size.bytes());
+                    let size = || value.parse().map(|size: MemSize| size.bytes());
+                    let bytes = if value == "0" { Ok(0) } else { size() };
+                    settings.upper_bytes = Some(bytes.map_err(|_| not("size of a disk"))?);
                 }
                 _ => return Err(refuse("nothing is known by this name".to_owned())),
             }

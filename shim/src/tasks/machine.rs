@@ -84,7 +84,7 @@ impl Place {
         let id =
             self.machine_id().try_into().context(|| format!("{} cannot be a machine's name", self.group))?;
         self.write_record(bundle, None)?;
-        launcher.boot(&SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod })
+        launcher.boot(&SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod, net: None })
     }
 
     /// Records the machine's process.

@@ -208,7 +208,7 @@ fn a_function_that_leaves_frees_its_slot_its_addresses_and_its_doorbells() {
 
     let next = fixture.add(rng(), &fixture.io_loop);
     assert_eq!((next, u64::from(fixture.shown(1, BAR0))), (1, first));
-    assert_eq!(fixture.shown(1, COMMAND.into()) & u32::from(MEMORY), 0, "decoding is off again");
+    assert_eq!(fixture.shown(1, COMMAND) & u32::from(MEMORY), 0, "decoding is off again");
     fixture.enable(1);
     assert_eq!(fixture.watched(), watched);
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use mvm_runtime::container::{Container, Request, Upper, root_file_system};
 use mvm_runtime::failure::Failure;
 use mvm_runtime::image::Rootfs;
-use mvm_runtime::machine::{CONTROL_SOCKET, Net};
+use mvm_runtime::machine::CONTROL_SOCKET;
 use mvm_vmm::control::{Client, Request as Ask};
 use serde_json::{Value, json};
 

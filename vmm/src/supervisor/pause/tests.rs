@@ -71,7 +71,9 @@ fn one_device_that_does_not_come_back_lets_all_go_on() {
     let own = IoLoop::spawn("stuck").unwrap();
     let ((entered, inside), (go, leave)) = (channel(), channel());
     fixture.add(Box::new(Stuck { started: false, entered, leave }), &own);
-    [1, 2, 3].map(|device| fixture.start_driver(device));
+    for device in [1, 2, 3] {
+        fixture.start_driver(device);
+    }
     fixture.kick_last();
     inside.recv_timeout(PATIENCE).unwrap();
 

@@ -19,7 +19,7 @@ use crate::life::args::Life;
 #[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
     /// Log what is otherwise passed over in silence
-    #[arg(short, long, global = true)]
+    #[arg(long, global = true)]
     pub(crate) verbose: bool,
     #[command(subcommand)]
     pub(crate) command: Command,

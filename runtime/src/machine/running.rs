@@ -150,7 +150,7 @@ impl Machine {
             (Some(exit), _) | (None, Ended::Exit(exit)) => Ok(exit),
             (None, ended) => {
                 Err(Failure::new(format!("machine {} ended abnormally: {}", self.id(), describe(&ended)))
-                    .help("run it again with -v; if it persists, report it with that output"))
+                    .help("run it again with --verbose; if it persists, report it with that output"))
             }
         }
     }

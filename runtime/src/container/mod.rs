@@ -22,7 +22,7 @@ use mvm_vmm::kvm::probe::PVM;
 use crate::agent::{AgentClient, Process, ProcessSpec};
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
-use crate::image::{Progress, Rootfs, Source, Store};
+use crate::image::{Error, Progress, Rootfs, Source, Store, full_name};
 use crate::machine::{Disk, Machine, Plan, prepare};
 use crate::net::{Connection, Net, NetRequest};
 
@@ -90,20 +90,33 @@ pub fn state_dir() -> PathBuf {
     std::env::var_os("MVM_STATE").map_or_else(|| PathBuf::from("/var/lib/mvm"), PathBuf::from)
 }
 
-/// The image as a root file system, from the store or made now.
+/// The image as a root file system, from the store or made now: by its path, or by a name it has in the store.
 ///
 /// # Errors
 /// It is no image, or the store cannot be used.
 pub fn root_file_system(image: &str, state: &Path, progress: &mut dyn Progress) -> Result<Rootfs, Failure> {
-    let source = Source::open(image).map_err(|error| {
+    let unusable = |error: Error| {
         let help = error.help();
         let failure = Failure::because(format!("cannot use {image} as an image"), error);
         if let Some(help) = help { failure.help(help) } else { failure }
-    })?;
-    let store = Store::open(state.join("images"))
-        .context(|| format!("cannot use {} for images", state.display()))
-        .map_err(|failure| failure.help("run as root, or name another directory in MVM_STATE"))?;
-    store.rootfs(&source, progress).context(|| format!("cannot make a root file system of {image}"))
+    };
+    let open_store = || {
+        Store::open(state.join("images"))
+            .context(|| format!("cannot use {} for images", state.display()))
+            .map_err(|failure| failure.help("run as root, or name another directory in MVM_STATE"))
+    };
+    match Source::open(image) {
+        Ok(source) => open_store()?
+            .rootfs(&source, progress)
+            .context(|| format!("cannot make a root file system of {image}")),
+        // What is no path may be a name.
+        Err(Error::Open { .. }) if full_name(image).is_ok() && !Path::new(image).exists() => {
+            open_store()?.get(image).map_err(unusable).map_err(|failure| {
+                failure.help(format!("fetch it with `mvm image pull {image}`, or give the path of an image"))
+            })
+        }
+        Err(error) => Err(unusable(error)),
+    }
 }
 
 impl Container {

@@ -114,7 +114,7 @@ fn read_document(slice: FileSlice, what: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|source| Error::Json { what: what.to_owned(), source })
 }
 

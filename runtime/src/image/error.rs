@@ -163,6 +163,26 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// Something above or below, on the way from a registry.
+    #[error("cannot pull {name}")]
+    Pull {
+        /// The image.
+        name: String,
+        /// What happened.
+        source: Box<Error>,
+    },
+    /// A registry cannot be reached, or its answer is no success.
+    #[error(transparent)]
+    Registry(Box<dyn std::error::Error + Send + Sync>),
+    /// A registry wants to know who asks, or does not like who it is.
+    #[error("the registry refuses: not authorized")]
+    Unauthorized,
+    /// Plain HTTP with another host.
+    #[error("{registry} is not on this host, and is not spoken to without TLS")]
+    Insecure {
+        /// The registry.
+        registry: String,
+    },
     /// No cached image by that name.
     #[error("no cached image {wanted}")]
     NotCached {
@@ -183,6 +203,12 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// Says of which image it is.
+    #[cfg(feature = "pull")]
+    pub(super) fn of_image(self, name: &str) -> Self {
+        Self::Pull { name: name.to_owned(), source: Box::new(self) }
+    }
+
     /// What the person in front of it can do, if there is something.
     pub fn help(&self) -> Option<String> {
         match self {
@@ -206,10 +232,15 @@ impl Error {
             Self::Digest { .. } | Self::MissingBlob { .. } => {
                 Some("the image is damaged or incomplete: fetch it again".to_owned())
             }
-            Self::NotCached { .. } | Self::Ambiguous { .. } => {
-                Some("`mvm image ls` shows names and keys".to_owned())
-            }
-            Self::Layer { source, .. } | Self::HostFile { source, .. } => source.help(),
+            Self::NotCached { .. } => None,
+            Self::Ambiguous { .. } => Some("`mvm image ls` shows names and keys".to_owned()),
+            Self::Unauthorized => Some(
+                "log in with `docker login`, or give --username and --password-stdin; a private or a missing image \
+                 may look like this too"
+                    .to_owned(),
+            ),
+            Self::Insecure { .. } => Some("leave --insecure-http out, and name its authority with --ca-file".to_owned()),
+            Self::Layer { source, .. } | Self::HostFile { source, .. } | Self::Pull { source, .. } => source.help(),
             _ => None,
         }
     }

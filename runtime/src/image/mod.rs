@@ -23,6 +23,8 @@ mod oci;
 mod packed;
 mod pax;
 mod progress;
+#[cfg(feature = "pull")]
+pub mod pull;
 mod reference;
 mod slice;
 mod source;

@@ -23,7 +23,7 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
 
 /// Indexes in indexes are rare; endless ones are an attack.
-const MAX_NESTING: usize = 4;
+pub(super) const MAX_NESTING: usize = 4;
 
 #[derive(Debug, Deserialize)]
 struct Index {
@@ -115,17 +115,64 @@ fn manifest(blobs: &Blobs, mut descriptor: Descriptor) -> Result<(Descriptor, Ve
     for _ in 0..MAX_NESTING {
         let digest = descriptor.digest()?;
         let document: Document = blobs.document("manifest", &digest.blob_path(), &digest)?;
-        match document {
-            Document { config: Some(config), layers, .. } => return Ok((config, layers.unwrap_or_default())),
-            Document { manifests: Some(manifests), .. } => descriptor = for_this_platform(manifests)?,
-            Document { .. } => {
-                let reason =
-                    format!("neither a manifest nor an index (media type {:?})", descriptor.media_type);
-                return Err(Error::Malformed { what: format!("manifest {digest}"), reason });
-            }
+        match document.follow(&digest, &descriptor.media_type)? {
+            Ok(manifest) => return Ok(manifest),
+            Err(next) => descriptor = next,
         }
     }
     Err(Error::Limit { what: "indexes in indexes", limit: MAX_NESTING as u64 })
+}
+
+impl Document {
+    /// Configuration and layers of a manifest, or where to look next.
+    fn follow(
+        self,
+        digest: &Digest,
+        media_type: &str,
+    ) -> Result<std::result::Result<(Descriptor, Vec<Descriptor>), Descriptor>> {
+        match self {
+            Self { config: Some(config), layers, .. } => Ok(Ok((config, layers.unwrap_or_default()))),
+            Self { manifests: Some(manifests), .. } => for_this_platform(manifests).map(Err),
+            Self { .. } => {
+                let reason = format!("neither a manifest nor an index (media type {media_type:?})");
+                Err(Error::Malformed { what: format!("manifest {digest}"), reason })
+            }
+        }
+    }
+}
+
+/// A blob as a document names it.
+#[cfg(feature = "pull")]
+#[derive(Clone, Debug)]
+pub(super) struct BlobRef {
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+}
+
+/// Where a document leads.
+#[cfg(feature = "pull")]
+pub(super) enum Step {
+    /// To another one.
+    Index(BlobRef),
+    /// To everything an image has.
+    Manifest { config: BlobRef, layers: Vec<BlobRef> },
+}
+
+/// Reads an index or a manifest that was just fetched.
+#[cfg(feature = "pull")]
+pub(super) fn step(bytes: &[u8], digest: &Digest) -> Result<Step> {
+    let what = format!("manifest {digest}");
+    let document: Document = super::blobs::parse(bytes, &what)?;
+    let blob = |it: &Descriptor| Ok::<_, Error>(BlobRef { digest: it.digest()?, size: it.size });
+    Ok(match document.follow(digest, "unknown")? {
+        Err(next) => Step::Index(blob(&next)?),
+        Ok((_, layers)) if layers.len() > MAX_LAYERS => {
+            return Err(Error::Limit { what: "layers of an image", limit: MAX_LAYERS as u64 });
+        }
+        Ok((config, layers)) => {
+            Step::Manifest { config: blob(&config)?, layers: layers.iter().map(blob).collect::<Result<_>>()? }
+        }
+    })
 }
 
 fn for_this_platform(manifests: Vec<Descriptor>) -> Result<Descriptor> {

@@ -5,6 +5,13 @@
 pub enum Phase {
     /// Another process builds the same image; its work will be used.
     Waiting,
+    /// A layer comes from a registry; counted in bytes of the layer as it is stored.
+    Fetch {
+        /// Which layer, from 1.
+        number: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// A layer is checked and unpacked; counted in bytes of the layer as it is stored.
     Layer {
         /// Which layer, from 1.

@@ -176,6 +176,12 @@ impl Source {
         Self { name: Some(name), named: true, ..self }
     }
 
+    /// Says that it comes from a registry: where it lies now is of no interest later.
+    #[cfg(feature = "pull")]
+    pub(super) fn pulled(self, name: &str) -> Self {
+        Self { path: name.into(), ..self.named(name.to_owned()) }
+    }
+
     /// Whether its name was given by [`Self::named`].
     pub(super) fn is_named(&self) -> bool {
         self.named

@@ -12,6 +12,8 @@
 
 mod names;
 mod prune;
+#[cfg(feature = "pull")]
+mod scratch;
 
 pub use names::Removed;
 pub use prune::{Keep, Pruned};
@@ -135,7 +137,10 @@ impl Store {
         let lock = self.lock(&hex, progress)?;
         // Whoever held the lock may have built it.
         if let Some((found, mut record)) = self.find(&hex)? {
-            record.images.retain(|other| (&other.name, &other.origin) != (&image.name, &image.origin));
+            let same_name = |other: &Image| source.is_named() && other.name == image.name;
+            record.images.retain(|other| {
+                (&other.name, &other.origin) != (&image.name, &image.origin) && !same_name(other)
+            });
             record.images.insert(0, image.clone());
             record.images.truncate(MAX_IMAGES);
             self.replace_record(&hex, &record)?;

@@ -12,6 +12,7 @@ use mvm_runtime::net::{Choice, Publish};
 use mvm_runtime::state::Restart;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
+use crate::image::args::Images;
 use crate::life::args::Life;
 
 /// Run containers and kernels, each in a micro-VM of its own
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Run(Box<Run>),
     #[command(flatten)]
     Life(Life),
+    /// List, fetch, take in and remove images
+    Image(Images),
     /// Check whether this host can run micro-VMs
     Doctor(Doctor),
     /// Print what makes a shell complete these commands
@@ -106,7 +109,8 @@ pub(crate) struct Boot {
     after_help = "Exit codes: the container's own; 2 bad usage, 125 mvm failed, 126 the command cannot be executed, 127 it is not there, 128+n signal n. Signals go to the container; the third that asks it to end kills its machine"
 )]
 pub(crate) struct Run {
-    /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images
+    /// OCI layout directory, OCI or docker archive, or a root directory; PATH:TAG picks one of several images.
+    /// Or the name of an image that was pulled or imported
     #[arg(value_name = "IMAGE")]
     pub(crate) image: String,
     /// Command and arguments, instead of the image's

@@ -3,6 +3,7 @@
 mod args;
 mod boot;
 mod doctor;
+mod image;
 mod life;
 mod run;
 mod stdio;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::Boot(boot) => boot::boot(*boot),
         Command::Run(run) => run::run(*run),
         Command::Life(command) => life::life(command),
+        Command::Image(images) => image::image(images.command),
         Command::Doctor(options) => doctor::doctor(&options),
         Command::Completion(options) => {
             complete(options.shell);

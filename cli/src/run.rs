@@ -1,7 +1,7 @@
 //! `mvm run`: a container in a machine of its own, on this terminal with its exit code as ours, or left behind.
 
 mod own;
-mod progress;
+pub(crate) mod progress;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::BufRead;

@@ -38,6 +38,9 @@ fn help_is_as_written() {
     golden("help-run", &["run", "--help"]);
     golden("help-boot", &["boot", "--help"]);
     golden("help-doctor", &["doctor", "--help"]);
+    golden("help-image", &["image", "--help"]);
+    golden("help-image-pull", &["image", "pull", "--help"]);
+    golden("help-image-prune", &["image", "prune", "--help"]);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::args::Format;
 use crate::{complain, say};
 
 /// Some of several containers could not be served.
-const SOME_FAILED: u8 = 1;
+pub(crate) const SOME_FAILED: u8 = 1;
 
 /// Does what one of the commands says; its exit code.
 pub(crate) fn life(command: Life) -> Result<u8, Failure> {
@@ -120,7 +120,7 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
+pub(crate) fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
     let text = serde_json::to_string_pretty(value).context(|| "cannot write JSON".to_owned())?;
     Ok(text + "\n")
 }

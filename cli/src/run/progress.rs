@@ -15,6 +15,7 @@ impl Progress for Bar {
     fn begin(&mut self, phase: Phase, total: Option<u64>) {
         let what = match phase {
             Phase::Waiting => "waiting for another mvm that makes the same image".to_owned(),
+            Phase::Fetch { number, count } => format!("fetching layer {number} of {count}"),
             Phase::Layer { number, count } => format!("layer {number} of {count}"),
             Phase::Files => "reading files".to_owned(),
             Phase::Finishing => "finishing the image".to_owned(),

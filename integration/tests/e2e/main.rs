@@ -11,6 +11,7 @@ mod hotplug;
 mod network;
 mod networks;
 mod sandbox;
+mod sandbox_network;
 mod surroundings;
 mod vsock;
 
@@ -52,6 +53,7 @@ fn run() -> ExitCode {
         network::TESTS,
         networks::TESTS,
         sandbox::TESTS,
+        sandbox_network::TESTS,
         surroundings::TESTS,
         vsock::TESTS,
     ];

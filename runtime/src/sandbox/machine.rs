@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use super::launcher::MachineLauncher;
 use super::member::Member;
 use super::shares::Shares;
 use super::stage::{Live, Stages};
+use super::updates::Updates;
 use super::wiring::Wiring;
 use crate::container::{CMDLINE, Timeline};
 use crate::failure::{Context, Failure};
@@ -48,7 +49,9 @@ pub(super) struct MachineSandbox {
     pub(super) stages: Arc<Stages>,
     timeline: Mutex<Option<Timeline>>,
     /// Held while a container is made or removed: its disks and shares are one change.
-    changing: Mutex<Shares>,
+    changing: Arc<Mutex<Shares>>,
+    /// Watches what was copied, from the first copy on.
+    updates: Mutex<Option<Updates>>,
     members: Mutex<BTreeMap<String, Member>>,
 }
 
@@ -81,7 +84,8 @@ impl MachineSandbox {
             pod: request.pod,
             hostname: request.spec.hostname().clone(),
             stages: Stages::new(),
-            changing: Mutex::new(Shares::default()),
+            changing: Arc::default(),
+            updates: Mutex::default(),
             members: Mutex::default(),
         })
     }
@@ -89,6 +93,20 @@ impl MachineSandbox {
     /// What containers share; locking it keeps others from making or removing any.
     pub(super) fn changing(&self) -> MutexGuard<'_, Shares> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Watches `source`, which is about to be copied. A sandbox that cannot watch is of use without.
+    pub(super) fn watch(&self, source: &Path) {
+        let mut updates = self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+        if updates.is_none() {
+            match Updates::start(Arc::downgrade(&self.changing), Arc::clone(&self.stages)) {
+                Ok(started) => *updates = Some(started),
+                Err(failure) => log::warn!("{}", failure.report()),
+            }
+        }
+        if let Some(updates) = &*updates {
+            updates.watch(source);
+        }
     }
 
     /// The containers; locked for look-ups only.
@@ -193,6 +211,7 @@ impl MachineSandbox {
     /// Removes what the sandbox has on the host.
     pub(super) fn clean_up(&self) -> Result<(), Failure> {
         drop(self.wiring().take());
+        drop(self.updates.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.changing().clear();
         self.members().clear();
         match fs::remove_dir_all(&self.directory) {

@@ -1,6 +1,6 @@
 //! A container in a machine: how it is made of its request, and what is kept of it.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use mvm_protocol::{PidNamespace, SetupRoot, Writable};
 use sha2::{Digest, Sha256};
@@ -9,7 +9,7 @@ use super::ContainerRequest;
 use super::machine::MachineSandbox;
 use super::shares::Shares;
 use super::stage::Live;
-use super::volumes::{Volumes, bring};
+use super::volumes::{Host, Volumes, bring};
 use crate::failure::{Context, Failure};
 use crate::machine::{DeviceName, Disk};
 use crate::rootfs::{self, LAYER_DISKS, Prepared, UPPER_BYTES, Upper};
@@ -65,7 +65,16 @@ struct Parts {
     rootfs: Prepared,
     volumes: Volumes,
     disks: Vec<Disk>,
-    directory: PathBuf,
+}
+
+impl Host for MachineSandbox {
+    fn state(&self) -> &Path {
+        &self.state
+    }
+
+    fn watch(&self, source: &Path) {
+        self.watch(source);
+    }
 }
 
 /// Makes a container in a sandbox. Nothing of it is left if that fails.
@@ -74,25 +83,34 @@ pub(super) fn make(sandbox: &MachineSandbox, request: &ContainerRequest) -> Resu
     if sandbox.members().contains_key(&request.id) {
         return Err(Failure::new(format!("there is a container {} already", request.id)));
     }
-    let parts = prepare(sandbox, request, &mut shares)?;
-    let directory = parts.directory.clone();
-    let made = install(sandbox, request, parts, &mut shares);
-    if made.is_err() {
-        let _ = std::fs::remove_dir_all(directory);
+    let directory = sandbox.directory.join(root_name(&request.id));
+    let mut volumes = Vec::new();
+    let made = prepare(sandbox, request, &directory, &mut shares).and_then(|parts| {
+        volumes.clone_from(&parts.volumes.shared);
+        install(sandbox, request, parts, &mut shares)
+    });
+    match made {
+        Ok(member) => {
+            sandbox.members().insert(request.id.clone(), member);
+            Ok(())
+        }
+        Err(failure) => {
+            shares.release(sandbox.stages.live().as_deref().map(|live| &live.agent), &volumes);
+            let _ = std::fs::remove_dir_all(directory);
+            Err(failure)
+        }
     }
-    sandbox.members().insert(request.id.clone(), made?);
-    Ok(())
 }
 
 /// Everything that can be done before the machine is asked.
 fn prepare(
     sandbox: &MachineSandbox,
     request: &ContainerRequest,
+    directory: &Path,
     shares: &mut Shares,
 ) -> Result<Parts, Failure> {
     let mut translated = translate(&request.spec, &request.bundle, sandbox.size.cpus.get())?;
-    let directory = sandbox.directory.join(root_name(&request.id));
-    std::fs::create_dir_all(&directory).context(|| format!("cannot make {}", directory.display()))?;
+    std::fs::create_dir_all(directory).context(|| format!("cannot make {}", directory.display()))?;
     let root = request.spec.root().as_ref().map(|root| request.bundle.join(root.path()));
     let rootfs = rootfs::prepare(
         &rootfs::Request {
@@ -103,7 +121,7 @@ fn prepare(
                 0 => Upper::Memory { bytes: 0 },
                 bytes => Upper::Disk { bytes },
             },
-            directory: &directory,
+            directory,
             layer_disks: LAYER_DISKS,
         },
         &sandbox.state,
@@ -111,10 +129,10 @@ fn prepare(
     )
     .context(|| format!("cannot make the root file system of {}", request.id))?;
     translated.surroundings.read_only_root |= rootfs.read_only;
-    let volumes = bring(&request.id, std::mem::take(&mut translated.mounts), &sandbox.state, shares)?;
+    let volumes = bring(&request.id, std::mem::take(&mut translated.mounts), sandbox, shares)?;
     translated.surroundings.mounts.clone_from(&volumes.mounts);
     let disks = rootfs.disks.iter().chain(&volumes.disks).cloned().collect();
-    Ok(Parts { translated, rootfs, volumes, disks, directory })
+    Ok(Parts { translated, rootfs, volumes, disks })
 }
 
 /// Has the machine make it; starts the machine if this is what it was planned for.
@@ -124,7 +142,7 @@ fn install(
     parts: Parts,
     shares: &mut Shares,
 ) -> Result<Member, Failure> {
-    let Parts { translated, rootfs, volumes, disks, .. } = parts;
+    let Parts { translated, rootfs, volumes, disks } = parts;
     let live = match sandbox.stages.is_planned() {
         true => sandbox.start_machine(disks.clone())?,
         false => {
@@ -158,7 +176,6 @@ fn install(
         Ok(()) => Ok(member),
         Err(failure) => {
             let _ = detach(&live, &member.disks);
-            shares.release(&live.agent, &member.volumes.shared);
             Err(failure)
         }
     }
@@ -170,7 +187,7 @@ pub(super) fn remove(sandbox: &MachineSandbox, id: &str) -> Result<(), Failure> 
     let Some(member) = sandbox.members().remove(id) else { return Ok(()) };
     let Some(live) = sandbox.stages.live() else { return Ok(()) };
     live.agent.remove_root(&member.root).context(|| format!("cannot remove container {id}"))?;
-    shares.release(&live.agent, &member.volumes.shared);
+    shares.release(Some(&live.agent), &member.volumes.shared);
     let detached = detach(&live, &member.disks);
     let _ = std::fs::remove_dir_all(sandbox.directory.join(&member.root));
     detached

@@ -11,6 +11,7 @@ mod machine;
 mod member;
 mod shares;
 mod stage;
+mod updates;
 mod volumes;
 mod wiring;
 
@@ -30,7 +31,8 @@ use crate::net::NetRequest;
 
 /// Makes sandboxes.
 pub trait Launcher: Send + Sync {
-    /// Boots a machine; returns once its agent is ready.
+    /// Boots a machine; returns once its agent is ready. For a container alone it may put that off until the first
+    /// [`Sandbox::create`], so that the container's disks are there from the start.
     ///
     /// # Errors
     /// Whatever of it fails first; nothing is left behind then.
@@ -84,7 +86,8 @@ pub struct RootfsMount {
 /// Containers are named by id, processes by the id [`Process`] carries. The loss of the machine fails every call;
 /// [`Sandbox::wait_machine`] tells it first.
 pub trait Sandbox: Send + Sync {
-    /// The host's process that is the machine; it lives in the sandbox's network name space.
+    /// The host's process that is the machine; it lives in the sandbox's network name space. 0 as long as the machine
+    /// is not booted: it always is once a container was made.
     fn pid(&self) -> u32;
 
     /// Makes a container: its disks are attached, its root and surroundings made.

@@ -68,34 +68,44 @@ impl Shares {
         Ok(())
     }
 
-    /// Lets go of shares by name; what nothing shows any more is removed from the guest.
-    pub(super) fn release(&mut self, agent: &AgentClient, names: &[String]) {
-        for name in names {
-            let Some((source, share)) = self.by_source.iter_mut().find(|(_, share)| share.name == *name)
-            else {
-                continue;
-            };
-            share.users = share.users.saturating_sub(1);
-            // A pod's memory stays for its next container.
-            if share.users > 0 || matches!(share.content, Content::Memory { .. }) {
-                continue;
-            }
-            let source = source.clone();
-            if share.there {
-                // It is only room in the guest's memory that is lost if this fails.
-                let _ = agent.put(removal(name));
-            }
-            self.by_source.remove(&source);
-        }
+    /// Whether files at `source` are copied.
+    pub(super) fn copies(&self, source: &Path) -> bool {
+        self.by_source.get(source).is_some_and(|share| matches!(share.content, Content::Copied(_)))
     }
 
-    /// Forgets names that were taken for a container that was never made.
-    pub(super) fn forget(&mut self, names: &[String]) {
-        self.by_source.retain(|_, share| {
-            if names.contains(&share.name) {
-                share.users = share.users.saturating_sub(1);
+    /// Gives the guest what has changed at `source` since it was copied.
+    pub(super) fn update(&mut self, agent: &AgentClient, source: &Path) -> Result<(), Failure> {
+        let Some(share) = self.by_source.get_mut(source) else { return Ok(()) };
+        let Content::Copied(old) = &share.content else { return Ok(()) };
+        let failed = || format!("cannot bring what has changed in {} into the guest", source.display());
+        let new = Tree::read(source).context(failed)?;
+        if share.there {
+            for put in messages(&share.name, new.changes_since(old)) {
+                agent.put(put).context(failed)?;
             }
-            share.users > 0 || share.there
+        }
+        share.content = Content::Copied(new);
+        Ok(())
+    }
+
+    /// Lets go of shares by name; what nothing shows any more is removed from the guest, if there is one.
+    pub(super) fn release(&mut self, agent: Option<&AgentClient>, names: &[String]) {
+        self.by_source.retain(|_, share| {
+            let mounts = names.iter().filter(|name| **name == share.name).count();
+            if mounts == 0 {
+                return true;
+            }
+            share.users = share.users.saturating_sub(mounts);
+            let memory = matches!(share.content, Content::Memory { .. });
+            // A pod's memory stays for its next container.
+            if share.users > 0 || (share.there && memory) {
+                return true;
+            }
+            if let (true, Some(agent)) = (share.there, agent) {
+                // It is only room in the guest's memory that is lost if this fails.
+                let _ = agent.put(removal(&share.name));
+            }
+            false
         });
     }
 
@@ -154,9 +164,9 @@ mod tests {
         let mut shares = Shares::default();
         let name = shares.take(Path::new("/a"), || Ok(MEMORY)).unwrap();
         shares.take(Path::new("/a"), || panic!("read twice")).unwrap();
-        shares.forget(std::slice::from_ref(&name));
+        shares.release(None, std::slice::from_ref(&name));
         assert_eq!(shares.by_source.len(), 1);
-        shares.forget(std::slice::from_ref(&name));
+        shares.release(None, std::slice::from_ref(&name));
         assert_eq!(shares.by_source.len(), 0);
         assert_ne!(shares.take(Path::new("/a"), || Ok(MEMORY)).unwrap(), name);
     }

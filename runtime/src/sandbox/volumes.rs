@@ -33,14 +33,23 @@ pub(super) struct Volumes {
     images: Vec<Prepared>,
 }
 
+/// What volumes need of the sandbox they are brought into.
+pub(super) trait Host {
+    /// Where images are cached.
+    fn state(&self) -> &Path;
+
+    /// From now on changes of `source` are brought into the guest.
+    fn watch(&self, source: &Path);
+}
+
 /// Brings the mounts of container `id`. Nothing is taken of `shares` if that fails.
 pub(super) fn bring(
     id: &str,
     parts: Vec<MountPart>,
-    state: &Path,
+    host: &dyn Host,
     shares: &mut Shares,
 ) -> Result<Volumes, Failure> {
-    let mut bringing = Bringing { id, state, shares, volumes: Volumes::default() };
+    let mut bringing = Bringing { id, host, shares, volumes: Volumes::default() };
     for part in parts {
         let brought = match part {
             MountPart::Guest(mount) => Ok(mount),
@@ -49,7 +58,7 @@ pub(super) fn bring(
         match brought {
             Ok(mount) => bringing.volumes.mounts.push(mount),
             Err(failure) => {
-                bringing.shares.forget(&bringing.volumes.shared);
+                bringing.shares.release(None, &bringing.volumes.shared);
                 return Err(failure);
             }
         }
@@ -59,7 +68,7 @@ pub(super) fn bring(
 
 struct Bringing<'a> {
     id: &'a str,
-    state: &'a Path,
+    host: &'a dyn Host,
     shares: &'a mut Shares,
     volumes: Volumes,
 }
@@ -122,6 +131,8 @@ impl Bringing<'_> {
 
     /// Copies files; `None` if they are too many or too large.
     fn copy(&mut self, mount: &HostMount) -> Result<Option<ContainerSource>, Failure> {
+        // Before it is read: what changes meanwhile is read again.
+        self.host.watch(&mount.source);
         match Tree::read(&mount.source) {
             Ok(tree) => self.share(mount, || Ok(Content::Copied(tree))).map(Some),
             Err(NotCopied::TooLarge | NotCopied::Odd(_)) => Ok(None),
@@ -151,11 +162,11 @@ impl Bringing<'_> {
             }],
             root: None,
             upper: Upper::Nowhere,
-            directory: self.state,
+            directory: self.host.state(),
             layer_disks: 1,
         };
         let failed = || format!("cannot make an image of {}", mount.source.display());
-        let image = rootfs::prepare(&request, self.state, &mut ()).context(failed)?;
+        let image = rootfs::prepare(&request, self.host.state(), &mut ()).context(failed)?;
         let [Lower::Disk { serial, filesystem }] = image.lower.as_slice() else {
             return Err(Failure::new(failed()));
         };
@@ -185,6 +196,16 @@ mod tests {
 
     use super::*;
 
+    struct Nowhere;
+
+    impl Host for Nowhere {
+        fn state(&self) -> &Path {
+            Path::new("/nowhere")
+        }
+
+        fn watch(&self, _: &Path) {}
+    }
+
     fn mount(source: PathBuf, target: &str, read_only: bool) -> HostMount {
         let flags = if read_only { libc::MS_RDONLY } else { 0 };
         HostMount {
@@ -198,7 +219,7 @@ mod tests {
     }
 
     fn bring_one(mount: HostMount, shares: &mut Shares) -> Result<Volumes, Failure> {
-        bring("c1", vec![MountPart::Host(mount)], Path::new("/nowhere"), shares)
+        bring("c1", vec![MountPart::Host(mount)], &Nowhere, shares)
     }
 
     #[test]
@@ -259,7 +280,7 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let mut shares = Shares::default();
         let parts = [(file, "/f"), (socket, "/s")].map(|(path, at)| MountPart::Host(mount(path, at, true)));
-        let failure = bring("c1", parts.to_vec(), Path::new("/nowhere"), &mut shares).unwrap_err();
+        let failure = bring("c1", parts.to_vec(), &Nowhere, &mut shares).unwrap_err();
         assert!(failure.report().contains("socket"), "{}", failure.report());
         assert!(shares.is_empty());
     }

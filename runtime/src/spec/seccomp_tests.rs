@@ -240,3 +240,44 @@ fn flags_that_mean_something_are_passed_on() {
 fn no_profile_is_no_program() {
     assert_eq!(profile(None).unwrap(), Profile::default());
 }
+
+/// As large as engines make them: nearly every call there is, and rules with arguments beside.
+#[test]
+fn a_profile_as_engines_make_them_fits_and_keeps_its_rules() {
+    let privileged = ["clone", "clone3", "mount", "personality", "ptrace", "reboot", "setns", "unshare"];
+    let all: Vec<_> = syscalls::names().filter(|name| !privileged.contains(name)).collect();
+    assert!(all.len() > 340);
+    let given = serde_json::json!({
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "syscalls": [
+            {"names": all, "action": "SCMP_ACT_ALLOW"},
+            {"names": ["personality"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_EQ"}]},
+            {"names": ["personality"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]},
+            {"names": ["personality"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 0xffff_ffff_u32, "op": "SCMP_CMP_EQ"}]},
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 0x7e02_0000, "op": "SCMP_CMP_MASKED_EQ"}]},
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+        ],
+    });
+    let profile = compile(&given.to_string()).unwrap();
+    assert!(profile.program.len() / 8 < MAX_INSTRUCTIONS);
+    for name in all {
+        assert_eq!(run(&profile, call(name, &[])), ALLOW, "{name}");
+    }
+    let denied = errno(libc::EPERM);
+    for (name, arg, expected) in [
+        ("personality", 8, ALLOW),
+        ("personality", 0xffff_ffff, ALLOW),
+        ("personality", 1, denied),
+        ("clone", 0x11, ALLOW),
+        ("clone", 0x1000_0000, denied),
+        ("clone3", 0, errno(38)),
+        ("mount", 0, denied),
+    ] {
+        assert_eq!(run(&profile, call(name, &[arg])), expected, "{name}({arg:#x})");
+    }
+}

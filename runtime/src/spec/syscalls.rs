@@ -60,6 +60,12 @@ pub(super) fn number(name: &str) -> Option<i64> {
     })
 }
 
+/// All names.
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    RUNS.iter().flat_map(|(_, names)| names.split(' '))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

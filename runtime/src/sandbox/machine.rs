@@ -202,7 +202,7 @@ impl MachineSandbox {
             && live.agent.shut_down(ShutdownMode::PowerOff, GRACE).is_ok()
             && self.stages.wait_at_most(GRACE + END_TIME);
         if !in_order {
-            live.machine().kill()?;
+            self.stages.kill(&live)?;
         }
         self.stages.wait();
         Ok(())

@@ -186,11 +186,12 @@ pub(super) fn remove(sandbox: &MachineSandbox, id: &str) -> Result<(), Failure> 
     let mut shares = sandbox.changing();
     let Some(member) = sandbox.members().remove(id) else { return Ok(()) };
     let Some(live) = sandbox.stages.live() else { return Ok(()) };
-    live.agent.remove_root(&member.root).context(|| format!("cannot remove container {id}"))?;
+    // Whatever the guest answers, what is the host's is taken back.
+    let removed = live.agent.remove_root(&member.root).context(|| format!("cannot remove container {id}"));
     shares.release(Some(&live.agent), &member.volumes.shared);
     let detached = detach(&live, &member.disks);
     let _ = std::fs::remove_dir_all(sandbox.directory.join(&member.root));
-    detached
+    removed.and(detached)
 }
 
 /// Attaches disks to a running machine and has the guest find them; none is left if one cannot be.

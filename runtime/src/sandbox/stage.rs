@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ enum Stage {
 pub(super) struct Stages {
     stage: Mutex<Stage>,
     changed: Condvar,
+    /// Its end is being brought about by [`Stages::kill`].
+    killed: AtomicBool,
 }
 
 impl fmt::Debug for Stages {
@@ -59,7 +62,11 @@ impl Live {
 
 impl Stages {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { stage: Mutex::new(Stage::Planned), changed: Condvar::new() })
+        Arc::new(Self {
+            stage: Mutex::new(Stage::Planned),
+            changed: Condvar::new(),
+            killed: AtomicBool::new(false),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Stage> {
@@ -103,7 +110,7 @@ impl Stages {
     /// The machine runs: from now on its end is waited for.
     ///
     /// # Errors
-    /// No thread can be had; the machine is gone then.
+    /// The sandbox was ended meanwhile, or no thread can be had; the machine is gone then.
     pub(super) fn start(
         self: &Arc<Self>,
         machine: Machine,
@@ -113,18 +120,30 @@ impl Stages {
         let ended = machine.ended().try_clone_to_owned().context(failed)?;
         let pid = machine.pid().unsigned_abs();
         let live = Arc::new(Live { agent, pid, machine: Mutex::new(machine) });
+        {
+            let mut stage = self.lock();
+            if !matches!(*stage, Stage::Planned) {
+                return Err(Failure::new("the sandbox was ended while its machine was started"));
+            }
+            *stage = Stage::Running(Arc::clone(&live));
+        }
         let (stages, watched) = (Arc::clone(self), Arc::clone(&live));
-        std::thread::Builder::new()
-            .name("machine".to_owned())
-            .spawn(move || {
-                let how = wait(&ended).and_then(|_| {
-                    watched.machine().wait().map(|exit| exit.to_string()).map_err(io::Error::other)
-                });
-                let how = how.unwrap_or_else(|error| error.to_string());
-                stages.set(Stage::Ended(how, Some(watched)));
-            })
-            .context(failed)?;
-        self.set(Stage::Running(Arc::clone(&live)));
+        let spawned = std::thread::Builder::new().name("machine".to_owned()).spawn(move || {
+            let how = wait(&ended).and_then(|()| {
+                watched.machine().wait().map(|exit| exit.to_string()).map_err(io::Error::other)
+            });
+            let how = match how {
+                _ if stages.killed.load(Ordering::Relaxed) => "it was ended".to_owned(),
+                Ok(how) => how,
+                Err(error) => error.to_string(),
+            };
+            stages.end(how, Some(watched));
+        });
+        if let Err(error) = spawned {
+            let _ = self.kill(&live);
+            self.end(failed(), None);
+            return Err(Failure::because(failed(), error));
+        }
         Ok(live)
     }
 
@@ -135,6 +154,12 @@ impl Stages {
             *stage = Stage::Ended(why.to_owned(), None);
             self.changed.notify_all();
         }
+    }
+
+    /// Ends the machine at once.
+    pub(super) fn kill(&self, live: &Live) -> Result<(), Failure> {
+        self.killed.store(true, Ordering::Relaxed);
+        live.machine().kill()
     }
 
     /// How the machine ended, waiting for it.
@@ -156,13 +181,9 @@ impl Stages {
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
-    fn set(&self, stage: Stage) {
-        let mut place = self.lock();
-        // An end is final: a machine may have ended before it is said to run.
-        if !matches!(*place, Stage::Ended(..)) {
-            *place = stage;
-            self.changed.notify_all();
-        }
+    fn end(&self, how: String, last: Option<Arc<Live>>) {
+        *self.lock() = Stage::Ended(how, last);
+        self.changed.notify_all();
     }
 }
 

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use mvm_devices::virtio::{DeviceSpec, NAMES};
 use mvm_runtime::container::{CapName, Volume};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
-use mvm_runtime::net::{Choice, Publish};
+use mvm_runtime::net::{Choice, Publish, TcpProfile};
 use mvm_runtime::state::Restart;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
@@ -186,6 +186,9 @@ pub(crate) struct Run {
     /// Largest packet of the guest's network, in bytes
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     pub(crate) mtu: Option<u16>,
+    /// How the guest's TCP behaves: default, or wan for long or lossy ways (BBR, fast open, large buffers)
+    #[arg(long, value_name = "PROFILE", value_parser = TcpProfile::from_str, default_value = "default")]
+    pub(crate) tcp_profile: TcpProfile,
     #[command(flatten)]
     pub(crate) shape: Shape,
     /// Say at the end how long each stage took and what the machine cost

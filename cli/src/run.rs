@@ -131,6 +131,7 @@ fn wishes(options: &Run, name: &str) -> Result<Wishes, Failure> {
         volumes: options.volume.clone(),
         cap_add: options.cap_add.clone(),
         cap_drop: options.cap_drop.clone(),
+        sysctls: options.tcp_profile.sysctls(),
     })
 }
 

@@ -65,6 +65,7 @@ impl Network {
             publish: publish.context(|| "cannot understand a published port".to_owned())?,
             dns: self.dns.clone(),
             mtu: self.mtu,
+            ..NetRequest::default()
         })
     }
 }

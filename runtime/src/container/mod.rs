@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mvm_protocol::{Configure, DiskFilesystem, Identity, Lower, SetupRoot, ShutdownMode, Writable};
+use mvm_protocol::{
+    Configure, DiskFilesystem, Identity, Lower, SetupRoot, ShutdownMode, Surroundings, Writable,
+};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 use mvm_vmm::kvm::probe::PVM;
 
@@ -221,7 +223,7 @@ fn root(request: &Request) -> SetupRoot {
             Upper::Memory => Writable::Tmpfs { size: 0 },
             Upper::Disk(_) => Writable::Disk { serial: UPPER_SERIAL.to_owned() },
         },
-        surroundings: Default::default(),
+        surroundings: Surroundings { sysctls: request.net.tcp.sysctls(), ..Surroundings::default() },
     }
 }
 

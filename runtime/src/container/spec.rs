@@ -50,6 +50,8 @@ pub struct Wishes {
     pub cap_add: Vec<CapName>,
     /// Capabilities to take away, or `ALL`.
     pub cap_drop: Vec<CapName>,
+    /// Kernel parameters of the guest.
+    pub sysctls: Vec<(String, String)>,
 }
 
 /// A file or directory of the host in a container.
@@ -122,6 +124,9 @@ pub fn spec(image: &ImageConfig, wishes: &Wishes) -> Result<Spec, Failure> {
         let mut resources = LinuxResources::default();
         resources.set_pids(Some(pids));
         linux.set_resources(Some(resources));
+    }
+    if !wishes.sysctls.is_empty() {
+        linux.set_sysctl(Some(wishes.sysctls.iter().cloned().collect()));
     }
     let mut spec = Spec::default();
     spec.set_process(Some(process(image, wishes)?))

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 pub use subnet::{NotASubnet, Subnet};
 
 use super::netlink::{AddressEntry, LinkEntry, Message, Netlink, RouteEntry};
-use super::nft::remove_table;
+use super::nft::{dropping, remove_table};
 use super::tap::{AnyTap, open_new_tap};
 use super::{OpenTap, Publish, mac_of};
 use crate::failure::{Context, Failure};
@@ -120,7 +120,11 @@ impl Port {
         let settled = settle(&ledger);
         drop(ledger);
         let port = made?;
-        settled.map(|()| port)
+        settled?;
+        if request.kind == Kind::Nat {
+            warn_of_dropping();
+        }
+        Ok(port)
     }
 
     fn give_back(&mut self) -> Result<(), Failure> {
@@ -136,6 +140,17 @@ impl Drop for Port {
         if let Err(failure) = self.give_back() {
             log::warn!("{}", failure.report());
         }
+    }
+}
+
+/// Says when rules of others stand in the way: an accepting rule of ours cannot outdo them.
+fn warn_of_dropping() {
+    let bridge = Kind::Nat.bridge();
+    for chain in dropping(bridge).unwrap_or_default() {
+        log::warn!(
+            "nftables' {chain} drops packets that it is not told to accept, guests' as well; with docker: \
+             iptables -I DOCKER-USER -i {bridge} -j ACCEPT; iptables -I DOCKER-USER -o {bridge} -j ACCEPT"
+        );
     }
 }
 

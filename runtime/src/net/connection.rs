@@ -7,7 +7,7 @@ use mvm_protocol::{Configure, Interface, Route};
 
 use super::bridge::{DIR, Kind, Port, PortRequest, Subnet, plug};
 use super::dns::resolv_conf;
-use super::{Choice, Net, Netns, Publish, TapNet, Twin, mac_of, scan, twin};
+use super::{Choice, Net, Netns, Publish, TapNet, TcpProfile, Twin, mac_of, scan, twin};
 use crate::failure::Failure;
 
 /// Name of a guest's only interface.
@@ -26,6 +26,8 @@ pub struct NetRequest {
     pub dns: Vec<IpAddr>,
     /// Largest packet in bytes, if it is not the network's choice.
     pub mtu: Option<u16>,
+    /// How the guest's TCP behaves.
+    pub tcp: TcpProfile,
 }
 
 /// A network that is there for a machine; undone when dropped, which is to be after the machine's end.

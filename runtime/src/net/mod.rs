@@ -15,6 +15,7 @@ mod nft;
 mod port;
 mod scan;
 mod tap;
+mod tcp;
 #[cfg(test)]
 mod tests;
 mod twin;
@@ -29,5 +30,6 @@ pub use nft::Transport;
 pub use port::{NotAPort, Publish};
 pub use scan::{Link, Network, scan};
 pub use tap::open_tap;
+pub use tcp::{NotAProfile, TcpProfile};
 pub use twin::{SpareTap, Twin, remove_twin, twin};
 pub use watch::{Watch, watch};

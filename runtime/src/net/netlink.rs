@@ -17,7 +17,7 @@ use nix::sys::socket::{
 
 pub(super) use address::{AddressEntry, NeighbourEntry};
 pub(super) use link::LinkEntry;
-pub(super) use message::Message;
+pub(super) use message::{Message, attributes, text};
 pub(super) use route::RouteEntry;
 
 /// Room for one datagram of a list. The kernel fills at most 32 KiB when it is offered that.

@@ -10,17 +10,20 @@ use nix::sys::socket::SockProtocol;
 pub(super) use rule::Rule;
 pub use rule::Transport;
 
-use super::netlink::{Message, Netlink};
+use super::netlink::{Message, Netlink, attributes, text};
 
 /// Table family: IPv4 and IPv6 in one.
 const INET: u8 = 1;
 const VERSION: u8 = 0;
+/// Bytes of `struct nfgenmsg`.
+const GENERIC_HEADER: usize = 4;
 
 // linux/netfilter/nf_tables.h
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
@@ -88,6 +91,44 @@ impl Table<'_> {
     fn table(&self, kind: i32) -> Message {
         message(kind).create_or_keep().text(NFTA_TABLE_NAME, self.name)
     }
+}
+
+/// Chains that drop what passes through this host unless a rule of theirs accepts it, as `TABLE CHAIN`; without
+/// tables that have a rule about `link`, whose owner has thought of it. Only nftables is asked, which is where the
+/// rules of today's iptables are too.
+pub(super) fn dropping(link: &str) -> nix::Result<Vec<String>> {
+    let mut kernel = Netlink::of(SockProtocol::NetlinkNetFilter, 0)?;
+    let about = |payload: &[u8]| {
+        let named = payload.windows(link.len()).any(|window| window == link.as_bytes());
+        value(payload, NFTA_RULE_TABLE).filter(|_| named).map(text)
+    };
+    let known = kernel.list(question(libc::NFT_MSG_GETRULE), about)?;
+    let chains = kernel.list(question(libc::NFT_MSG_GETCHAIN), dropping_chain)?;
+    let unknown = chains.into_iter().filter(|(table, _)| !known.contains(table));
+    Ok(unknown.map(|(table, chain)| format!("{table} {chain}")).collect())
+}
+
+/// Table and name of a chain that sees what passes, and drops it.
+fn dropping_chain(payload: &[u8]) -> Option<(String, String)> {
+    let family = i32::from(*payload.first()?);
+    let (_, hook) =
+        attributes(value(payload, NFTA_CHAIN_HOOK)?).find(|(kind, _)| *kind == NFTA_HOOK_HOOKNUM)?;
+    let passes = libc::NF_INET_FORWARD.to_be_bytes() == *hook;
+    let drops = libc::NF_DROP.to_be_bytes() == *value(payload, NFTA_CHAIN_POLICY)?;
+    let ipv4 = family == libc::NFPROTO_INET || family == libc::NFPROTO_IPV4;
+    let name = (text(value(payload, NFTA_CHAIN_TABLE)?), text(value(payload, NFTA_CHAIN_NAME)?));
+    (passes && drops && ipv4).then_some(name)
+}
+
+/// Asks for all of a kind in all families.
+fn question(kind: i32) -> Message {
+    let kind = libc::NFNL_SUBSYS_NFTABLES << 8 | kind;
+    Message::new(u16::try_from(kind).unwrap_or_default(), &[&[0; GENERIC_HEADER]])
+}
+
+/// An attribute of an answer.
+fn value(payload: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(payload.get(GENERIC_HEADER..)?).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
 /// Removes a table in the calling thread's name space. One that is not there is no error.

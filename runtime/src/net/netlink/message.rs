@@ -127,7 +127,7 @@ pub(super) fn acknowledgement(payload: &[u8]) -> nix::Result<()> {
 }
 
 /// The attributes in `bytes`, type and value, as far as they are whole.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(in crate::net) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
         let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?);
@@ -143,7 +143,7 @@ pub(super) fn number(bytes: &[u8]) -> Option<u32> {
 }
 
 /// The text in an attribute.
-pub(super) fn text(value: &[u8]) -> String {
+pub(in crate::net) fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value.strip_suffix(&[0]).unwrap_or(value)).into_owned()
 }
 

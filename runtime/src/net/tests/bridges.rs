@@ -229,6 +229,22 @@ fn the_rules_are_those_that_are_meant() {
 }
 
 #[test]
+fn chains_of_others_that_drop_what_passes_are_found() {
+    let host = Host::new();
+    let find = || host.world.inside.run(|| crate::net::nft::dropping("mvm0").unwrap()).unwrap();
+    assert_eq!(find(), Vec::<String>::new());
+    host.sh("nft add table ip filter
+         nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'
+         nft add chain ip filter INPUT '{ type filter hook input priority 0; policy drop; }'
+         nft add chain ip filter plain
+         nft add table inet other
+         nft add chain inet other passing '{ type filter hook forward priority 0; policy accept; }'");
+    assert_eq!(find(), ["filter FORWARD"]);
+    host.sh("nft add chain ip filter USER; nft add rule ip filter USER iifname mvm0 accept");
+    assert_eq!(find(), Vec::<String>::new());
+}
+
+#[test]
 fn what_a_crash_left_is_put_right_by_the_next_machine() {
     let host = Host::new();
     let leases = host.dir.path().join("net/mvm0");

@@ -15,6 +15,7 @@ use mvm_protocol::{ExitStatus, PidNamespace, ShutdownMode, User, WindowSize};
 use mvm_runtime::agent::{Process, ProcessSpec, StdioSpec};
 use mvm_runtime::container::{Container, ROOT, Request, Upper, root_file_system};
 use mvm_runtime::guest::cpio::Archive;
+use mvm_runtime::net::TcpProfile;
 use mvm_vmm::exit::Exit;
 
 /// Bound of anything a test waits for; an emulated host is thirty times slower than a real one.
@@ -101,6 +102,13 @@ impl TestVm {
     #[must_use]
     pub fn publish(mut self, text: &str) -> Self {
         self.request.net.publish.push(text.parse().expect("a port"));
+        self
+    }
+
+    /// How the guest's TCP behaves.
+    #[must_use]
+    pub fn tcp(mut self, profile: TcpProfile) -> Self {
+        self.request.net.tcp = profile;
         self
     }
 

@@ -8,13 +8,14 @@ use std::thread;
 
 use mvm_integration::vm::TestVm;
 use mvm_runtime::agent::StdioSpec;
-use mvm_runtime::net::Netns;
+use mvm_runtime::net::{Netns, TcpProfile};
 
 use crate::Test;
 
 pub(crate) const TESTS: &[Test] = &[
     ("a_guest_behind_nat_reaches_out_and_is_reached_at_its_published_port", nat),
     ("a_guest_takes_the_place_of_a_name_spaces_link", netns),
+    ("a_guest_has_the_tcp_profile_that_was_asked_for", tcp_profile),
 ];
 
 const QUIET: StdioSpec = StdioSpec::Pipes { stdin: false, stdout: false, stderr: false };
@@ -83,4 +84,13 @@ fn netns() {
         })
         .expect("root");
     assert!(of_link.contains(mac.trim()), "{of_link}");
+}
+
+fn tcp_profile() {
+    let mut vm = TestVm::new().tcp(TcpProfile::Wan).boot();
+    for (name, value) in TcpProfile::Wan.sysctls() {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(&vm.sh(&format!("cat {path}"))), words(&value), "{name}");
+    }
 }

@@ -95,7 +95,8 @@ fn late_mounts() -> Vec<Step<'static>> {
         made(c"tmpfs", c"/tmp", none, c"mode=1777"),
         made(c"tmpfs", c"/dev/shm", none, c"mode=1777"),
         made(c"devpts", c"/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, pts),
-        made(c"cgroup2", c"/sys/fs/cgroup", no_exec, c"memory_recursiveprot"),
+        // A container that may write to its own cgroup makes others in it, and leaves its limits alone.
+        made(c"cgroup2", c"/sys/fs/cgroup", no_exec, c"nsdelegate,memory_recursiveprot"),
     ]
     .into_iter()
     .flatten()

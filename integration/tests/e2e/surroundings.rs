@@ -221,6 +221,14 @@ fn limits() {
     }
     assert!(update(vec![limit("memory.max", "lots")]).is_err());
     assert!(agent.update("nobody", Limits::default()).is_err());
+
+    let script =
+        "mkdir -p /cgroup/in/ner && echo made; echo max > /cgroup/memory.max; cat /cgroup/memory.max";
+    let text = output(&vm, "small", script);
+    assert!(text.starts_with("made\n67108864\n") && text.contains("Operation not permitted"), "{text}");
+    agent.remove_root("small").expect("with what was made in it");
+    set_up(&vm, "small", Surroundings::default());
+    assert_eq!(agent.root_stats("small").expect("a new one").pids, Vec::<u32>::new());
 }
 
 fn freeze_and_remove() {

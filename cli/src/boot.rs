@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::machine::{Console, ConsoleKind, Machine, Plan, prepare};
+use mvm_runtime::machine::{Console, ConsoleKind, Machine, Plan, describe, prepare};
 use mvm_vmm::exit::Exit;
 use mvm_vmm::kvm::probe::PVM;
 use nix::sys::signal::Signal;
@@ -20,13 +20,13 @@ const ESCAPE: u8 = 0x1d;
 pub(crate) fn boot(options: Boot) -> Result<u8, Failure> {
     let print = options.print_config;
     let plan = plan(options)?;
-    let prepared = prepare(&plan)?;
     if print {
-        let text = serde_json::to_string_pretty(prepared.config())
+        let text = serde_json::to_string_pretty(&describe(&plan)?)
             .context(|| "cannot print the configuration".to_owned())?;
         writeln!(stdout().lock(), "{text}").context(|| "cannot print the configuration".to_owned())?;
         return Ok(0);
     }
+    let prepared = prepare(&plan)?;
     if mvm_vmm::kvm::probe::is_pvm() {
         // Not an error: kernels made for it, and flat guests, do run.
         say(&format!("mvm: warning: {PVM}"));

@@ -6,16 +6,18 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use mvm_vmm::config::{Boot, FdSlot, MachineConfig};
-use mvm_vmm::control::{Answer, Client, MachineState, Request};
+use mvm_vmm::control::{Answer, Attached, Client, DeviceName, MachineState, Request};
 use mvm_vmm::exit::Exit;
 use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Child, Ended, Files, Launch};
 use mvm_vmm::status::Event;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// A machine and the client end of its control socket.
 struct Vm {
@@ -233,6 +235,92 @@ fn requests_that_are_none_are_answered_and_too_long_ones_end_the_connection() {
     assert!(error.to_string().contains("no balloon"), "{error}");
     assert_eq!(vm.state(), MachineState::Running);
     vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+/// Clock ticks of CPU time that process `pid` has used.
+fn cpu_time(pid: Pid) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+fn limit_files(pid: Pid, most: usize) {
+    let limit = format!("--nofile={most}:1024");
+    assert!(Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]).status().unwrap().success());
+}
+
+#[test]
+fn a_client_there_is_no_file_for_waits_until_there_is_and_costs_nothing_meanwhile() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut vm = launch(&Program::Halt.image(), |config, files| config.control = Some(files.add(listener)));
+    let connect = || {
+        let stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Client::new(stream)
+    };
+    vm.wait_for_guest();
+    let pid = vm.child.pid;
+    let mut first = connect();
+    first.call(&Request::Info).unwrap();
+    limit_files(pid, std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count());
+    let mut second = connect();
+    first.call(&Request::Info).unwrap();
+    let before = cpu_time(pid);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(cpu_time(pid) - before < 20, "it spins");
+    limit_files(pid, 1024);
+    drop(first);
+    second.call(&Request::Info).unwrap();
+    second.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+/// A disk that `vm` is to attach, as the request's first file.
+fn disk(serial: &str) -> Request {
+    let text = format!(r#"{{"command":"attach","device":{{"type":"block","disk":0,"serial":"{serial}"}}}}"#);
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn devices_are_attached_with_their_files_up_to_a_full_bus_and_detached() {
+    let mut vm = run(Program::Halt);
+    vm.wait_for_guest();
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(1 << 20).unwrap();
+    let error = vm.control.call(&disk("d")).unwrap_err().to_string();
+    assert!(error.contains("no such file came with the request"), "{error}");
+    for number in 1..32 {
+        let attached = vm.control.call_with(&disk(&format!("d{number}")), &[image.as_fd()]).unwrap();
+        assert_eq!(attached, Answer::Attached(Attached { device: number }));
+    }
+    let error = vm.control.call_with(&disk("more"), &[image.as_fd()]).unwrap_err().to_string();
+    assert!(error.contains("the PCI bus is full"), "{error}");
+    let detach = |device| Request::Detach { device, force: false };
+    assert_eq!(vm.control.call(&detach(DeviceName::Serial("d7".into()))).unwrap(), Answer::Done {});
+    assert_eq!(vm.control.call(&detach(DeviceName::Number(31))).unwrap(), Answer::Done {});
+    for gone in [DeviceName::Serial("d7".into()), DeviceName::Number(31), DeviceName::Number(0)] {
+        vm.control.call(&detach(gone)).unwrap_err();
+    }
+    let again = vm.control.call_with(&disk("d7"), &[image.as_fd()]).unwrap();
+    assert_eq!(again, Answer::Attached(Attached { device: 7 }));
+    vm.control.call(&Request::Pause).unwrap();
+    vm.control.call(&Request::Resume).unwrap();
+    vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
+fn a_connected_control_socket_needs_no_listener() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let mut vm = launch(&Program::Halt.image(), |config, files| config.control = Some(files.add(far)));
+    near.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut control = Client::new(near);
+    vm.wait_for_guest();
+    assert!(matches!(control.call(&Request::Info).unwrap(), Answer::Info(_)));
+    control.call(&Request::Stop).unwrap();
     assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
 }
 

@@ -55,7 +55,8 @@ impl Control {
     /// # Errors
     /// The machine refuses it: its bus is full, or the file is no tap.
     pub fn attach_net(&self, tap: &OpenTap) -> Result<Attached, Failure> {
-        self.attach(tap_spec(tap, FIRST), tap.file.as_fd())
+        let spec = tap_spec(tap.mac, tap.mtu, tap.only_own_mac, FIRST);
+        self.attach(spec, tap.file.as_fd())
             .context(|| format!("cannot attach a network interface to machine {}", self.id))
     }
 

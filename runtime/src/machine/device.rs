@@ -5,9 +5,10 @@ use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 
 use mvm_devices::fd::FdSlot;
+use mvm_devices::virtio::net::MacAddress;
 use mvm_devices::virtio::{DeviceSpec, block, net};
 
-use super::plan::{Disk, OpenTap};
+use super::plan::Disk;
 use crate::failure::{Context, Failure};
 
 /// Opens a disk's image.
@@ -37,11 +38,6 @@ pub(super) fn disk_spec(disk: &Disk, slot: FdSlot) -> DeviceSpec {
 }
 
 /// A network interface whose tap is in `slot`.
-pub(super) fn tap_spec(tap: &OpenTap, slot: FdSlot) -> DeviceSpec {
-    DeviceSpec::Net(net::Config {
-        tap: slot,
-        mac: Some(tap.mac),
-        mtu: tap.mtu,
-        only_own_mac: tap.only_own_mac,
-    })
+pub(super) fn tap_spec(mac: MacAddress, mtu: Option<u16>, only_own_mac: bool, slot: FdSlot) -> DeviceSpec {
+    DeviceSpec::Net(net::Config { tap: slot, mac: Some(mac), mtu, only_own_mac })
 }

@@ -3,6 +3,7 @@
 mod calls;
 mod control;
 mod device;
+mod listen;
 mod plan;
 mod running;
 mod start;
@@ -12,4 +13,4 @@ pub use control::Control;
 pub use mvm_vmm::control::{Attached, DeviceName};
 pub use plan::{ConsoleKind, Disk, Net, NotADisk, OpenTap, Plan, TapNet};
 pub use running::{Console, Machine};
-pub use start::{CONTROL_SOCKET, Prepared, prepare};
+pub use start::{CONTROL_SOCKET, Prepared, describe, prepare};

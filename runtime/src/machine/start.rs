@@ -4,23 +4,23 @@ use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::vsock::dialer::DialServer;
 use mvm_devices::virtio::{DeviceSpec, console, vsock};
-use mvm_vmm::config::{Boot, MachineConfig, Serial};
+use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Serial};
 use mvm_vmm::launch::{Files, Launch};
 
 use super::calls::{Calls, VSOCK_SOCKET};
 use super::control::Control;
 use super::device::{disk_spec, open_disk, tap_spec};
-use super::plan::{ConsoleKind, Disk, Plan};
+use super::listen::listen;
+use super::plan::{ConsoleKind, Plan};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
-use crate::net::{Net, Netns, OpenTap, TapNet, mac_of, open_tap};
+use crate::net::{Net, Netns, TapNet, mac_of, open_tap};
 
 /// Name of the machine's control socket.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -67,28 +67,57 @@ impl Prepared {
 /// # Errors
 /// The first file that cannot be opened, with what to do about it.
 pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
-    let mut opening = Opening { files: Files::default(), devices: Vec::new(), console: None, serial: None };
-    let kvm = opening.files.add(open_kvm()?);
-    let kernel = opening.files.add(open(&plan.kernel, "kernel image")?);
+    let (config, opening) = fill(plan, Opening { files: Some(Files::default()), ..Default::default() })?;
+    let control = opening.control.ok_or_else(|| Failure::new("the machine has no control connection"))?;
+    let control = Control::new(plan.id.clone(), control)
+        .context(|| "cannot set time-outs on the control connection".to_owned())?;
+    Ok(Prepared {
+        config,
+        files: opening.files.unwrap_or_default(),
+        console: opening.console,
+        calls: opening.calls,
+        control,
+        netns: plan.netns.clone(),
+    })
+}
+
+/// The configuration that [`prepare`] makes, without opening or making anything.
+///
+/// # Errors
+/// The kernel command line is too long.
+pub fn describe(plan: &Plan) -> Result<MachineConfig, Failure> {
+    fill(plan, Opening::default()).map(|(config, _)| config)
+}
+
+fn fill(plan: &Plan, mut opening: Opening) -> Result<(MachineConfig, Opening), Failure> {
+    let kvm = opening.add(open_kvm)?;
+    let kernel = opening.add(|| open(&plan.kernel, "kernel image"))?;
     let initrd = match &plan.initrd {
-        Some(path) => Some(opening.files.add(open(path, "initial RAM disk")?)),
+        Some(path) => Some(opening.add(|| open(path, "initial RAM disk"))?),
         None => None,
     };
     for disk in &plan.disks {
-        opening.disk(disk)?;
+        let slot = opening.add(|| open_disk(disk))?;
+        opening.devices.push(disk_spec(disk, slot));
     }
     for net in &plan.nets {
         match net {
             Net::None => {}
             Net::Tap(tap) => opening.tap(tap, plan)?,
-            Net::Open(tap) => opening.open_tap(tap)?,
+            Net::Open(tap) => {
+                let slot = opening.add(|| {
+                    tap.file.try_clone().context(|| "cannot copy the descriptor of a tap".to_owned())
+                })?;
+                opening.devices.push(tap_spec(tap.mac, tap.mtu, tap.only_own_mac, slot));
+            }
         }
     }
-    let calls = if plan.vsock { Some(opening.vsock(plan.sockets.as_deref())?) } else { None };
+    if plan.vsock {
+        opening.vsock(plan.sockets.as_deref())?;
+    }
     opening.devices.extend(plan.devices.iter().cloned());
     let cmdline = opening.console(plan)?;
-    let (control, near) = opening.control(plan.sockets.as_deref())?;
-    let Opening { files, devices, console, serial } = opening;
+    let control = opening.control(plan.sockets.as_deref())?;
     let cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
     let config = MachineConfig {
         id: plan.id.clone(),
@@ -96,83 +125,111 @@ pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
         memory: plan.memory,
         kvm,
         boot: Boot { kernel, initrd, cmdline, protocol: Default::default(), image: Default::default() },
-        devices,
-        serial,
+        devices: std::mem::take(&mut opening.devices),
+        serial: opening.serial.take(),
         status: None,
         control: Some(control),
     };
-    let control = Control::new(plan.id.clone(), near)
-        .context(|| "cannot set time-outs on the control connection".to_owned())?;
-    Ok(Prepared { config, files, console, calls, control, netns: plan.netns.clone() })
+    Ok((config, opening))
 }
 
+/// What a plan becomes on its way to a machine.
+#[derive(Default)]
 struct Opening {
-    files: Files,
+    /// The files that are open; `None` if the slots are only numbered.
+    files: Option<Files>,
+    /// Slots given out without a file.
+    numbered: u32,
     devices: Vec<DeviceSpec>,
     console: Option<Console>,
     serial: Option<Serial>,
+    calls: Option<Calls>,
+    control: Option<UnixStream>,
 }
 
 impl Opening {
-    fn disk(&mut self, disk: &Disk) -> Result<(), Failure> {
-        let slot = self.files.add(open_disk(disk)?);
-        self.devices.push(disk_spec(disk, slot));
-        Ok(())
+    /// The slot of the next file, which `open` opens if files are opened at all.
+    fn add<F: Into<OwnedFd>>(
+        &mut self,
+        open: impl FnOnce() -> Result<F, Failure>,
+    ) -> Result<FdSlot, Failure> {
+        match &mut self.files {
+            Some(files) => Ok(files.add(open()?)),
+            None => {
+                let slot = FdSlot(FIRST_SLOT.saturating_add(self.numbered));
+                self.numbered = self.numbered.saturating_add(1);
+                Ok(slot)
+            }
+        }
     }
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
         let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", plan.id, tap.name)));
-        let file = Arc::new(match &plan.netns {
-            Some(netns) => netns.run(|| open_tap(&tap.name))??,
-            None => open_tap(&tap.name)?,
-        });
-        self.open_tap(&OpenTap { file, mac, mtu: None, only_own_mac: false })
-    }
-
-    fn open_tap(&mut self, tap: &OpenTap) -> Result<(), Failure> {
-        let file = tap.file.try_clone().context(|| "cannot copy the descriptor of a tap".to_owned())?;
-        let slot = self.files.add(file);
-        self.devices.push(tap_spec(tap, slot));
+        let slot = self.add(|| match &plan.netns {
+            Some(netns) => netns.run(|| open_tap(&tap.name))?,
+            None => open_tap(&tap.name),
+        })?;
+        self.devices.push(tap_spec(mac, None, false, slot));
         Ok(())
     }
 
-    /// The machine's end of the control connection goes into its files; the other is returned. With `sockets` the
-    /// machine listens there as well, and the connection is one of those it takes.
-    fn control(&mut self, sockets: Option<&Path>) -> Result<(FdSlot, UnixStream), Failure> {
-        let Some(dir) = sockets else {
-            let (near, far) = UnixStream::pair()
-                .context(|| "cannot make a socket pair to control the machine by".to_owned())?;
-            return Ok((self.files.add(far), near));
-        };
-        let path = dir.join(CONTROL_SOCKET);
-        let listener = listen(&path)?;
-        let near = UnixStream::connect(&path).context(|| format!("cannot connect to {}", path.display()))?;
-        Ok((self.files.add(listener), near))
+    /// The machine's end of the control connection. With `sockets` the machine listens there, and the connection is
+    /// the first it takes.
+    fn control(&mut self, sockets: Option<&Path>) -> Result<FdSlot, Failure> {
+        let mut near = None;
+        let slot = self.add(|| {
+            let Some(dir) = sockets else {
+                let (ours, theirs) = UnixStream::pair()
+                    .context(|| "cannot make a socket pair to control the machine by".to_owned())?;
+                near = Some(ours);
+                return Ok(OwnedFd::from(theirs));
+            };
+            let path = dir.join(CONTROL_SOCKET);
+            let listener = listen(&path)?;
+            let connected = UnixStream::connect(&path);
+            near = Some(connected.context(|| format!("cannot connect to {}", path.display()))?);
+            Ok(OwnedFd::from(listener))
+        })?;
+        self.control = near;
+        Ok(slot)
     }
 
-    fn vsock(&mut self, sockets: Option<&Path>) -> Result<Calls, Failure> {
-        let (server, theirs) =
-            DialServer::pair().context(|| "cannot make a socket pair for the machine's vsock".to_owned())?;
+    fn vsock(&mut self, sockets: Option<&Path>) -> Result<(), Failure> {
         let listener = match sockets {
-            Some(dir) => Some(self.files.add(listen(&dir.join(VSOCK_SOCKET))?)),
+            Some(dir) => Some(self.add(|| listen(&dir.join(VSOCK_SOCKET)))?),
             None => None,
         };
-        let dialer = self.files.add(theirs);
+        let mut server = None;
+        let dialer = self.add(|| {
+            let (ours, theirs) = DialServer::pair()
+                .context(|| "cannot make a socket pair for the machine's vsock".to_owned())?;
+            server = Some(ours);
+            Ok(theirs)
+        })?;
         self.devices.push(DeviceSpec::Vsock(vsock::Config {
             listener,
             dialer: Some(dialer),
             ..vsock::Config::new(vsock::GuestCid::FIRST)
         }));
-        Ok(Calls::new(server, sockets.map(PathBuf::from)))
+        self.calls = server.map(|server| Calls::new(server, sockets.map(PathBuf::from)));
+        Ok(())
     }
 
     /// Connects the console; returns the kernel command line with what it needs.
     fn console(&mut self, plan: &Plan) -> Result<String, Failure> {
         let Some(kind) = plan.console else { return Ok(plan.cmdline.clone()) };
         let pipe = || std::io::pipe().context(|| "cannot make a pipe for the console".to_owned());
-        let (input, to_guest) = pipe()?;
-        let (from_guest, output) = pipe()?;
-        let (input, output) = (self.files.add(input), self.files.add(output));
+        let (mut to_guest, mut from_guest) = (None, None);
+        let input = self.add(|| {
+            let (theirs, ours) = pipe()?;
+            to_guest = Some(ours);
+            Ok(theirs)
+        })?;
+        let output = self.add(|| {
+            let (ours, theirs) = pipe()?;
+            from_guest = Some(ours);
+            Ok(theirs)
+        })?;
         match kind {
             ConsoleKind::Virtio => {
                 self.devices.push(DeviceSpec::Console(console::Config {
@@ -184,7 +241,8 @@ impl Opening {
             }
             ConsoleKind::Serial => self.serial = Some(Serial { output, input: Some(input) }),
         }
-        self.console = Some(Console { to_guest, from_guest });
+        self.console =
+            to_guest.zip(from_guest).map(|(to_guest, from_guest)| Console { to_guest, from_guest });
         Ok(format!("console={} {}", kind.terminal(), plan.cmdline).trim_end().to_owned())
     }
 }
@@ -209,21 +267,36 @@ fn open(path: &Path, what: &str) -> Result<File, Failure> {
     File::open(path).context(|| format!("cannot open {what} {}", path.display()))
 }
 
-/// A listening socket that only its owner may connect to. A socket left by a machine that died is replaced.
-fn listen(path: &Path) -> Result<UnixListener, Failure> {
-    let failed = || format!("cannot listen on {}", path.display());
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).context(failed)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn describing_a_plan_opens_and_makes_nothing_and_says_what_preparing_would() {
+        let sockets = std::env::temp_dir().join(format!("mvm-no-such-{}", std::process::id()));
+        let plan = Plan {
+            id: "m".parse().unwrap(),
+            cpus: Default::default(),
+            memory: Default::default(),
+            kernel: "/no/such/kernel".into(),
+            initrd: Some("/no/such/initrd".into()),
+            cmdline: "quiet".to_owned(),
+            disks: vec!["/no/such/disk,serial=d".parse().unwrap()],
+            nets: vec!["tap=nosuch".parse().unwrap()],
+            netns: None,
+            console: Some(ConsoleKind::Virtio),
+            vsock: true,
+            devices: Vec::new(),
+            sockets: Some(sockets.clone()),
+        };
+        let config = describe(&plan).unwrap();
+        assert!(!sockets.exists());
+        assert!(prepare(&plan).is_err());
+        assert_eq!(
+            (config.kvm, config.boot.kernel, config.boot.initrd),
+            (FdSlot(4), FdSlot(5), Some(FdSlot(6)))
+        );
+        assert_eq!(config.devices.len(), 4);
+        assert_eq!(config.control, Some(FdSlot(13)), "disk, tap, listener, dialer and console come before");
     }
-    match UnixStream::connect(path) {
-        Ok(_) => return Err(Failure::new(format!("{} is in use by another machine", path.display()))),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).context(failed)?;
-        }
-        Err(_) => {}
-    }
-    let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    nix::sys::stat::umask(before);
-    listener.context(failed)
 }

@@ -18,7 +18,7 @@ use nix::{
 };
 
 use crate::{
-    kmsg, network,
+    cgroup, kmsg, network,
     step::{Kernel, Linux, MountCall, Step},
 };
 
@@ -95,8 +95,7 @@ fn late_mounts() -> Vec<Step<'static>> {
         made(c"tmpfs", c"/tmp", none, c"mode=1777"),
         made(c"tmpfs", c"/dev/shm", none, c"mode=1777"),
         made(c"devpts", c"/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, pts),
-        // A container that may write to its own cgroup makes others in it, and leaves its limits alone.
-        made(c"cgroup2", c"/sys/fs/cgroup", no_exec, c"nsdelegate,memory_recursiveprot"),
+        made(c"cgroup2", c"/sys/fs/cgroup", no_exec, cgroup::OPTIONS),
     ]
     .into_iter()
     .flatten()

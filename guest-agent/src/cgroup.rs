@@ -1,6 +1,7 @@
 //! A container's cgroup: all its processes at once, and word when the kernel kills one for memory.
 
 use std::{
+    ffi::CStr,
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::FileExt,
@@ -20,6 +21,10 @@ use crate::{
 
 /// Where a guest has cgroup v2.
 pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
+
+/// How cgroup v2 is mounted, every time: the last mount from the guest's cgroup name space decides for all. A
+/// container that may write to its own cgroup makes others in it, and leaves its limits alone.
+pub(crate) const OPTIONS: &CStr = c"nsdelegate,memory_recursiveprot";
 
 /// The controllers containers have limits of, as far as the kernel has them.
 const CONTROLLERS: [&str; 6] = ["memory", "pids", "cpu", "io", "cpuset", "hugetlb"];

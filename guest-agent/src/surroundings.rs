@@ -19,6 +19,7 @@ use nix::{
 };
 
 use crate::{
+    cgroup,
     error::{Error, Result},
     root::Spaces,
     spawn::c_string,
@@ -235,7 +236,11 @@ fn mount_steps<'a>(mount: &ContainerMount, source: Option<&'a Source>) -> Result
     let mut steps = match (&mount.source, source) {
         (ContainerSource::Filesystem(kind), _) => {
             let flags = flags - (MsFlags::MS_REC | MsFlags::MS_BIND) - PROPAGATION;
-            let call = MountCall::of(&c_string(kind)?, path.clone(), flags, &c_string(&mount.data)?);
+            let data = match kind.as_str() {
+                "cgroup2" => cgroup::OPTIONS.to_owned(),
+                _ => c_string(&mount.data)?,
+            };
+            let call = MountCall::of(&c_string(kind)?, path.clone(), flags, &data);
             vec![Step::MakeTarget { target, directory: true }, Step::Mount(call)]
         }
         (ContainerSource::Inside(from), _) => {

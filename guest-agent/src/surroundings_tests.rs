@@ -145,3 +145,11 @@ fn lists_that_are_too_long_are_refused() {
     assert!(check(&Surroundings { masked_paths, ..Surroundings::default() }).is_err());
     assert!(check(&Surroundings::default()).is_ok());
 }
+
+#[test]
+fn a_container_that_mounts_cgroups_does_not_change_how_the_guest_has_them() {
+    let asked = ContainerMount { data: own("memory_localevents"), ..filesystem("cgroup2", "/sys/fs/cgroup") };
+    let steps = mount_steps(&asked, None).unwrap();
+    let Some(Step::Mount(call)) = steps.get(1) else { panic!("{steps:?}") };
+    assert_eq!(call.data.as_c_str(), cgroup::OPTIONS);
+}

@@ -223,7 +223,8 @@ fn limits() {
     assert!(agent.update("nobody", Limits::default()).is_err());
 
     let script =
-        "mkdir -p /cgroup/in/ner && echo made; echo max > /cgroup/memory.max; cat /cgroup/memory.max";
+        "mkdir -p /cgroup/in/ner && echo made; echo max > /cgroup/memory.max; cat /cgroup/memory.max; \
+                  cat /proc/self/cgroup; grep cgroup2 /proc/mounts";
     let text = output(&vm, "small", script);
     assert!(text.starts_with("made\n67108864\n") && text.contains("Operation not permitted"), "{text}");
     agent.remove_root("small").expect("with what was made in it");

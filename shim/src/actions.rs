@@ -1,5 +1,6 @@
 //! The short answers: `delete`, `-info` and `-v`.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fs, thread};
@@ -8,6 +9,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::state::ProcessId;
 use nix::mount::{MntFlags, umount2};
 
 use crate::bundle::Record;
@@ -19,14 +21,25 @@ use crate::{RUNTIME, address, bundle};
 const ALLOWED_MOUNTS: &str = "mkdir/*,format/*,erofs";
 /// What a task ends with that its shim did not see end: killed.
 const KILLED: u32 = 137;
-/// Longest wait for a killed machine to be gone.
+/// Longest wait for a killed process to be gone.
 const DYING: Duration = Duration::from_secs(5);
 
-/// Removes what is left of a task whose daemon is gone; nothing that is missing is an error.
+/// Removes what is left of a task; nothing that is missing is an error.
+///
+/// containerd comes here when a daemon is gone, or when it cannot reach it, and at the end of every task. A daemon
+/// that ends as it should has given up its socket; one that has not would stay for ever.
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Failure> {
     let bundle = if flags.bundle.is_empty() { PathBuf::from(".") } else { PathBuf::from(&flags.bundle) };
     if let Some(record) = Record::read(&bundle) {
-        end_machine(&record);
+        let is_ending = UnixStream::connect(&record.socket).is_err();
+        // The daemon first: it would report the machine's loss.
+        let ended = [(!is_ending).then_some(record.daemon), record.machine];
+        ended.into_iter().flatten().for_each(end);
+        if record.directory.starts_with(bundle::MACHINES) && is_plain(&record.directory) {
+            remove_directory(&record.directory);
+        }
+        // A process may count as dead while its last threads hold on to what it had.
+        wait_until(|| UnixStream::connect(&record.socket).is_err());
         address::remove_stale(&record.socket);
     }
     // Only a fallback mounts a container's root here; then it must not outlive the container.
@@ -39,23 +52,23 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Failure> {
     response.write_to_bytes().context(|| "cannot encode the answer".to_owned())
 }
 
-fn end_machine(record: &Record) {
-    if let Some(machine) = record.machine {
-        machine.kill();
-        let deadline = Instant::now() + DYING;
-        // It is no child of this process: nothing but looking tells when it is gone.
-        while machine.is_alive() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(2));
-        }
+/// Kills a process and waits until it is gone.
+fn end(process: ProcessId) {
+    process.kill();
+    wait_until(|| !process.is_alive());
+}
+
+/// Waits for the end of what is no child of this process: nothing but looking tells.
+fn wait_until(holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + DYING;
+    while !holds() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(2));
     }
-    let is_ours = record.directory.starts_with(bundle::MACHINES)
-        && record
-            .directory
-            .components()
-            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    if is_ours {
-        remove_directory(&record.directory);
-    }
+}
+
+/// Whether a path means what it begins with.
+fn is_plain(path: &Path) -> bool {
+    path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
 fn remove_directory(directory: &Path) {

@@ -75,13 +75,15 @@ fn read_spec(path: &Path) -> io::Result<Vec<u8>> {
     if read as u64 > MAX_SPEC { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(text) }
 }
 
-/// What `delete` must know of a machine whose daemon is gone.
+/// What `delete` must know of a daemon and its machine. It is in the bundle of the task they were made for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// The machine's directory.
     pub(crate) directory: PathBuf,
     /// The daemon's socket.
     pub(crate) socket: PathBuf,
+    /// The daemon.
+    pub(crate) daemon: ProcessId,
     /// The machine's process, once there is one.
     pub(crate) machine: Option<ProcessId>,
 }
@@ -141,7 +143,8 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(Record::read(bundle.path()), None);
         let machine = Some(ProcessId::own());
-        let record = Record { directory: "/run/x".into(), socket: "/run/s".into(), machine };
+        let record =
+            Record { directory: "/run/x".into(), socket: "/run/s".into(), daemon: ProcessId::own(), machine };
         record.write(bundle.path()).unwrap();
         assert_eq!(Record::read(bundle.path()), Some(record));
     }

@@ -60,6 +60,8 @@ async fn run(flags: &Flags, listener: UnixListener, socket: PathBuf) -> Result<(
     let events = events.map(|address| address.trim_start_matches("unix://").to_owned());
     let publisher = Publisher::new(&flags.namespace, events);
     let place = Place { namespace: flags.namespace.clone(), group: flags.id.clone(), socket };
+    // Before there is anything: whatever ends this daemon, `delete` finds what it had.
+    place.record(Path::new("."), None)?;
     let (tasks, mut finished) = Tasks::spawn(launcher(), publisher, place);
     let listener = Listener::try_from(listener).context(|| "cannot use the socket".to_owned())?;
     let mut server = Server::new().add_listener(listener).register_service(service::services(&tasks));

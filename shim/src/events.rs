@@ -7,13 +7,15 @@ use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim_protos::protobuf::{MessageField, MessageFull};
+use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc::context::with_duration;
 use tokio::sync::{mpsc, oneshot};
 
+/// The package of the events' messages.
+const PACKAGE: &str = "containerd.events";
 /// Time for containerd to take one event.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an event is tried.
@@ -44,12 +46,12 @@ impl Publisher {
     }
 
     /// Queues an event.
-    pub(crate) fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
+    pub(crate) fn publish<M: Message>(&self, topic: &str, event: &M) {
         let envelope = Envelope {
             timestamp: MessageField::some(timestamp(SystemTime::now())),
             namespace: self.namespace.clone(),
             topic: topic.to_owned(),
-            event: MessageField::some(any(event)),
+            event: MessageField::some(any(PACKAGE, event)),
             ..Default::default()
         };
         if self.queue.try_send(Item::Event(Box::new(envelope))).is_err() {
@@ -116,10 +118,11 @@ impl Forwarder {
     }
 }
 
-/// A message as containerd's type registry names it: without a host in front.
-pub(crate) fn any<M: MessageFull>(message: &M) -> Any {
+/// A message of a package as containerd's type registry names it: without a host in front. The message could tell
+/// its package itself, but only by way of descriptors that take half a megabyte.
+pub(crate) fn any<M: Message>(package: &str, message: &M) -> Any {
     Any {
-        type_url: M::descriptor().full_name().to_owned(),
+        type_url: format!("{package}.{}", M::NAME),
         // Encoding to memory fails on missing required fields alone, which proto3 does not have.
         value: message.write_to_bytes().unwrap_or_default(),
         ..Default::default()

@@ -151,7 +151,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.tasks.ask(move |tasks, reply| tasks.stats(&r.id, reply)).await?;
         let metrics = stats::metrics(&stats.unwrap_or_default());
-        Ok(StatsResponse { stats: MessageField::some(any(&metrics)), ..Default::default() })
+        Ok(StatsResponse { stats: MessageField::some(any(stats::PACKAGE, &metrics)), ..Default::default() })
     }
 
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> ttrpc::Result<Empty> {

@@ -8,6 +8,8 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 use containerd_shim_protos::protobuf::MessageField;
 use mvm_protocol::RootStats;
 
+/// The package of the metrics' messages.
+pub(crate) const PACKAGE: &str = "io.containerd.cgroups.v2";
 /// Block devices that are listed; a guest that claims more is not believed.
 const MAX_DEVICES: usize = 64;
 

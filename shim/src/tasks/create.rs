@@ -11,7 +11,7 @@ use mvm_runtime::sandbox::{ContainerRequest, Launcher, RootfsMount, Sandbox};
 use oci_spec::runtime::Process as OciProcess;
 
 use super::machine::{Machine, Place};
-use super::{Container, Process, Reply, Tasks};
+use super::{Container, Process, Reply, Tasks, program};
 use crate::bundle::{self, Role};
 use crate::error::{Error, Result};
 use crate::stdio::{Outputs, Owner, Paths};
@@ -131,12 +131,10 @@ impl Recipe {
             Some(sandbox) => (Arc::clone(sandbox), false),
             None => (self.boot()?, true),
         };
-        if let Err(failure) = self.furnish(&*sandbox, booted) {
-            if booted {
-                // The first failure is the one to tell.
-                let _ = sandbox.end();
-            }
-            return Err(failure.into());
+        if let Err(error) = self.furnish(&*sandbox, booted) {
+            // The first failure is the one to tell.
+            let _ = if booted { sandbox.end() } else { sandbox.remove(&self.request.id) };
+            return Err(error);
         }
         let process = Box::new(self.request.spec.process_mut().take().unwrap_or_default());
         Ok(Made { role: self.role, process, sandbox, booted, outputs })
@@ -144,18 +142,22 @@ impl Recipe {
 
     fn boot(&self) -> std::result::Result<Arc<dyn Sandbox>, Failure> {
         let pod = self.role == Role::Sandbox;
-        self.place.boot(&*self.launcher, &self.request.bundle, &self.request.spec, pod)
+        self.place.boot(&*self.launcher, &self.request.spec, pod)
     }
 
     /// Makes the container. A machine for one container may have waited for it to boot.
-    fn furnish(&self, sandbox: &dyn Sandbox, booted: bool) -> std::result::Result<(), Failure> {
+    fn furnish(&self, sandbox: &dyn Sandbox, booted: bool) -> Result<()> {
+        let ContainerRequest { id, bundle, spec, .. } = &self.request;
         if self.role != Role::Sandbox {
             sandbox.create(&self.request)?;
         }
         if booted {
-            self.place.record(&self.request.bundle, &self.request.spec, sandbox.pid())?;
+            self.place.machine_is_up(bundle, spec, sandbox.pid())?;
         }
-        Ok(())
+        match spec.process() {
+            Some(process) if self.role != Role::Sandbox => program::check(sandbox, id, process),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -73,30 +73,30 @@ impl Place {
         hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Boots the machine, which is in the bundle's record before it is there.
+    /// Boots the machine.
     pub(super) fn boot(
         &self,
         launcher: &dyn Launcher,
-        bundle: &Path,
         spec: &Spec,
         pod: bool,
     ) -> Result<Arc<dyn Sandbox>, Failure> {
         let id =
             self.machine_id().try_into().context(|| format!("{} cannot be a machine's name", self.group))?;
-        self.write_record(bundle, None)?;
         launcher.boot(&SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod, net: None })
     }
 
     /// Records the machine's process.
-    pub(super) fn record(&self, bundle: &Path, spec: &Spec, pid: u32) -> Result<(), Failure> {
+    pub(super) fn machine_is_up(&self, bundle: &Path, spec: &Spec, pid: u32) -> Result<(), Failure> {
         // The machine is what the container is to the host's memory, and not to be spared as this shim is.
         let score = spec.process().as_ref().and_then(OciProcess::oom_score_adj).unwrap_or(0);
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
-        self.write_record(bundle, i32::try_from(pid).ok().and_then(ProcessId::of))
+        self.record(bundle, i32::try_from(pid).ok().and_then(ProcessId::of))
     }
 
-    fn write_record(&self, bundle: &Path, machine: Option<ProcessId>) -> Result<(), Failure> {
-        let record = Record { directory: self.directory(), socket: self.socket.clone(), machine };
+    /// Leaves in a bundle what `delete` must know.
+    pub(crate) fn record(&self, bundle: &Path, machine: Option<ProcessId>) -> Result<(), Failure> {
+        let (directory, socket) = (self.directory(), self.socket.clone());
+        let record = Record { directory, socket, daemon: ProcessId::own(), machine };
         record.write(bundle).context(|| format!("cannot write a record to {}", bundle.display()))
     }
 }

@@ -9,6 +9,7 @@ mod delete;
 mod exit;
 mod machine;
 mod process;
+mod program;
 mod start;
 
 use std::collections::{BTreeMap, VecDeque};

@@ -299,7 +299,7 @@ impl Drop for Containerd {
 fn words(event: &Envelope) -> String {
     let topic = event.topic.trim_start_matches("/tasks/");
     let value = &event.event.value;
-    let rest = match event.event.type_url.trim_start_matches("containerd.events.") {
+    let rest = match event.event.type_url.strip_prefix("containerd.events.").unwrap() {
         "TaskCreate" => TaskCreate::parse_from_bytes(value).unwrap().container_id,
         "TaskStart" => TaskStart::parse_from_bytes(value).unwrap().container_id,
         "TaskExecAdded" => {

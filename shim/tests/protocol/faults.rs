@@ -64,6 +64,23 @@ fn what_a_killed_shim_leaves_is_removed_by_delete_however_often() {
 }
 
 #[test]
+fn a_shim_that_containerd_could_not_reach_goes_with_its_task() {
+    let (containerd, machine) = running();
+    let shim = containerd.shim_pid();
+    assert_eq!(containerd.delete_binary("one").exit_status, 137);
+    assert!(!is_alive(shim) && !is_alive(machine));
+    assert!(!Path::new(containerd.address.trim_start_matches("unix://")).exists(), "the socket is left");
+    assert!(!Path::new("/run/mvm").join(&containerd.namespace).exists(), "the directory is left");
+}
+
+#[test]
+fn a_shim_without_a_task_goes_with_its_bundle() {
+    let containerd = Containerd::with_shim("one", &shell("true"));
+    containerd.delete_binary("one");
+    assert!(!is_alive(containerd.shim_pid()));
+}
+
+#[test]
 fn delete_of_what_never_was_succeeds() {
     let containerd = Containerd::new();
     containerd.bundle("one", &shell("true"));
@@ -80,7 +97,8 @@ fn delete_touches_no_directory_that_is_no_machines() {
     fs::create_dir(&precious).unwrap();
     let sneaky = format!("/run/mvm/../..{}", precious.display());
     for directory in [precious.display().to_string(), sneaky] {
-        let record = serde_json::json!({"directory": directory, "socket": "/x", "machine": null});
+        let record = serde_json::json!({"directory": directory, "socket": "/x",
+            "daemon": {"pid": 0, "started": 0}, "machine": null});
         fs::write(containerd.path("one").join("mvm.json"), record.to_string()).unwrap();
         containerd.delete_binary("one");
         assert!(precious.exists(), "{directory}");

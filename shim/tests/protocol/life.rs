@@ -182,19 +182,36 @@ fn a_machine_that_does_not_boot_leaves_nothing_and_may_be_tried_again() {
 }
 
 #[test]
-fn a_program_that_is_missing_fails_the_start_and_the_task_is_over() {
-    let mut config = shell("");
-    config["process"]["args"] = serde_json::json!(["no-such-program"]);
-    let mut containerd = Containerd::with_shim("one", &config);
-    let machine = containerd.create("one", &Streams::default()).unwrap();
-    let error = containerd.run("one", "").unwrap_err();
-    assert!(error.to_string().contains("no-such-program"), "{error}");
+fn a_program_that_is_missing_or_none_fails_the_creation_and_leaves_nothing() {
+    let mut containerd = Containerd::with_shim("one", &shell(""));
+    for (program, words) in [
+        ("no-such-program", "executable file not found in $PATH"),
+        ("/no/such/program", "stat /no/such/program: no such file or directory"),
+        ("/etc/passwd", "permission denied"),
+        ("/etc", "permission denied"),
+    ] {
+        let mut config = shell("");
+        config["process"]["args"] = serde_json::json!([program]);
+        fs::write(containerd.path("one").join("config.json"), config.to_string()).unwrap();
+        let error = containerd.create("one", &Streams::default()).unwrap_err().to_string();
+        assert!(error.contains(program) && error.contains(words), "{error}");
+        assert_eq!(code(containerd.state("one", "")), Code::NOT_FOUND);
+    }
+    assert!(containerd.end("one").is_empty());
+}
+
+#[test]
+fn a_task_that_cannot_be_started_is_over_and_its_machine_too() {
+    let containerd = Containerd::with_shim("one", &shell("true"));
+    let stdio = Streams { stdin: "/no/such/fifo".to_owned(), ..Streams::default() };
+    let machine = containerd.create("one", &stdio).unwrap();
+    assert_eq!(code(containerd.run("one", "")), Code::NOT_FOUND);
     assert_eq!(containerd.wait("one", "").unwrap().exit_status, 128);
     assert_eq!(code(containerd.kill("one", "", SIGKILL)), Code::NOT_FOUND);
     // A client that forgets it is left with a record, not with a machine.
     wait_gone(i32::try_from(machine).unwrap());
     containerd.delete("one", "").unwrap();
-    assert_eq!(containerd.end("one"), ["create one", "delete one 128"]);
+    assert_eq!(containerd.events(2), ["create one", "delete one 128"]);
 }
 
 #[test]

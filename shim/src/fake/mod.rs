@@ -4,24 +4,24 @@
 //! What a guest guarantees is kept: an init takes its container's other processes with it, the loss of the machine
 //! all of them, and streams end when the last process that holds them does.
 
+mod process;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
-use mvm_protocol::{ExitStatus, Get, Got, Put, RootStats, SignalTarget, WindowSize};
+use mvm_protocol::{ExitStatus, Get, Got, GotContent, Put, RootStats, SignalTarget, WindowSize};
 use mvm_runtime::agent::{Process, StdioSpec};
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, Sandbox, SandboxRequest};
 use nix::libc::SIGKILL;
-use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess};
@@ -135,9 +135,9 @@ impl Sandbox for FakeSandbox {
     }
 
     fn start(&self, container: &str, process: &OciProcess, stdio: StdioSpec) -> Result<Process, Failure> {
-        let (command, ours) = prepare(process, stdio)?;
+        let (command, ours) = process::prepare(process, stdio)?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (pid, child) = spawn(command)?;
+        let (pid, child) = process::spawn(command)?;
         let mut state = self.shared.lock();
         let members = state.containers.entry(container.to_owned()).or_default();
         let is_init = members.is_empty();
@@ -230,8 +230,26 @@ impl Sandbox for FakeSandbox {
         Err(Failure::new("this machine has no files of its own"))
     }
 
-    fn get(&self, _: Get) -> Result<Got, Failure> {
-        Err(Failure::new("this machine has no files of its own"))
+    /// Of the host, which is what the processes see.
+    fn get(&self, get: Get) -> Result<Got, Failure> {
+        let path = Path::new("/").join(get.path);
+        let failed = || format!("cannot read {}", path.display());
+        let metadata = fs::symlink_metadata(&path).context(failed)?;
+        let content = match metadata.file_type() {
+            kind if kind.is_file() => GotContent::File(Vec::new()),
+            kind if kind.is_symlink() => {
+                let target = fs::read_link(&path).context(failed)?;
+                GotContent::Link(target.to_string_lossy().into_owned())
+            }
+            _ => GotContent::Other,
+        };
+        Ok(Got {
+            mode: metadata.mode(),
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+            size: metadata.len(),
+            content,
+        })
     }
 
     /// As many as the machine's directory says.
@@ -282,101 +300,4 @@ fn watch_process(mut child: Child, id: u64, init_of: Option<String>, shared: &Sh
         }
     }
     shared.changed.notify_all();
-}
-
-/// The host's ends of a process's streams.
-#[derive(Default)]
-struct Ours {
-    stdin: Option<UnixStream>,
-    stdout: Option<UnixStream>,
-    stderr: Option<UnixStream>,
-    terminal: Option<UnixStream>,
-    master: Option<OwnedFd>,
-}
-
-fn prepare(process: &OciProcess, stdio: StdioSpec) -> Result<(Command, Ours), Failure> {
-    let args = process.args().clone().unwrap_or_default();
-    let env = process.env().clone().unwrap_or_default();
-    let program = args.first().ok_or_else(|| Failure::new("the process has no program"))?;
-    let path = find(program, &env)?;
-    // A session of its own, and with it the terminal.
-    let mut command = Command::new("setsid");
-    let mut ours = Ours::default();
-    match stdio {
-        StdioSpec::Pipes { stdin, stdout, stderr } => {
-            command.stdin(pipe(stdin, &mut ours.stdin)?);
-            command.stdout(pipe(stdout, &mut ours.stdout)?).stderr(pipe(stderr, &mut ours.stderr)?);
-        }
-        StdioSpec::Terminal(size) => {
-            let slave = terminal(size, &mut ours)?;
-            let clone = || slave.try_clone().context(|| "cannot use the terminal".to_owned());
-            command.arg("--ctty").stdin(clone()?).stdout(clone()?).stderr(clone()?);
-        }
-    }
-    let rest = args.get(1..).unwrap_or_default();
-    command.args(["setpriv", "--pdeathsig", "KILL"]).arg(path).args(rest).current_dir("/").env_clear();
-    command.envs(env.iter().filter_map(|pair| pair.split_once('=')));
-    Ok((command, ours))
-}
-
-/// What is done with a process once it is known.
-type Watcher = Box<dyn FnOnce(Child) + Send>;
-
-/// Starts a process that ends with this program, as a guest's would. What counts is the end of the thread that
-/// started it; so that one stays to watch it.
-fn spawn(mut command: Command) -> Result<(Pid, Sender<Watcher>), Failure> {
-    let (pids, pid) = channel();
-    let (watchers, watcher) = channel::<Watcher>();
-    thread::spawn(move || match command.spawn() {
-        Err(error) => drop(pids.send(Err(error))),
-        Ok(child) => {
-            drop(command);
-            let _ = pids.send(Ok(child.id()));
-            if let Ok(watch) = watcher.recv() {
-                watch(child);
-            }
-        }
-    });
-    let pid = pid.recv().context(|| "cannot start the process".to_owned())?;
-    let pid = pid.context(|| "cannot start the process".to_owned())?;
-    Ok((Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX)), watchers))
-}
-
-fn pipe(wanted: bool, ours: &mut Option<UnixStream>) -> Result<Stdio, Failure> {
-    if !wanted {
-        return Ok(Stdio::null());
-    }
-    let (host, guest) = UnixStream::pair().context(|| "cannot make a stream".to_owned())?;
-    *ours = Some(host);
-    Ok(Stdio::from(OwnedFd::from(guest)))
-}
-
-fn terminal(size: WindowSize, ours: &mut Ours) -> Result<OwnedFd, Failure> {
-    let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
-    let pair = openpty(&size, None).context(|| "cannot make a terminal".to_owned())?;
-    let (host, guest) = UnixStream::pair().context(|| "cannot make a stream".to_owned())?;
-    let clone =
-        || pair.master.try_clone().map(fs::File::from).context(|| "cannot use the terminal".to_owned());
-    let (mut reading, mut writing) = (clone()?, clone()?);
-    let mut towards = guest.try_clone().context(|| "cannot use a stream".to_owned())?;
-    let mut from = guest;
-    thread::spawn(move || {
-        let _ = std::io::copy(&mut reading, &mut towards);
-        let _ = towards.shutdown(std::net::Shutdown::Both);
-    });
-    thread::spawn(move || std::io::copy(&mut from, &mut writing));
-    ours.terminal = Some(host);
-    ours.master = Some(pair.master);
-    Ok(pair.slave)
-}
-
-/// The program's path, looked for as a guest does.
-fn find(program: &str, env: &[String]) -> Result<PathBuf, Failure> {
-    let path = env.iter().find_map(|pair| pair.strip_prefix("PATH=")).unwrap_or("/bin:/usr/bin");
-    let found = if program.contains('/') {
-        Some(PathBuf::from(program)).filter(|path| path.exists())
-    } else {
-        path.split(':').map(|directory| Path::new(directory).join(program)).find(|path| path.exists())
-    };
-    found.ok_or_else(|| Failure::new(format!("cannot run {program}")))
 }

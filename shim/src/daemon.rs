@@ -24,7 +24,7 @@ use crate::{logging, reaper, service};
 /// Threads for calls that block, at most: each is a call into the guest that has not come back.
 const BLOCKING_THREADS: usize = 64;
 /// Stack of such a thread, in bytes. Only what is touched costs.
-const BLOCKING_STACK: usize = 1 << 20;
+const BLOCKING_STACK: usize = 2 << 20;
 /// How long such a thread stays without work.
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// How long the end waits for answers and events to be out.

@@ -15,7 +15,7 @@ use super::{Exit, Job, KILLED, Name, State, Tasks, now};
 use crate::bundle::{MACHINES, Record};
 
 /// Stack of a thread that only waits, in bytes.
-const WAITING_STACK: usize = 128 * 1024;
+const WAITING_STACK: usize = 256 * 1024;
 /// Longest path of a machine's directory: its sockets' paths must fit.
 const MAX_DIRECTORY: usize = 85;
 /// Longest name of a machine.

@@ -84,6 +84,7 @@ fn early() {
     let link = |pid| std::fs::read_link(namespace(pid)).expect("a process");
     assert_eq!(link(fixture.sandbox.pid()), link(holder.id()), "the machine lives where its network is");
     fixture.create("c1", &bundle, &spec);
+    let init = unwrap(fixture.sandbox.start("c1", &shell(&spec, "read line"), PIPES));
     let script = "busybox ip addr show eth0; busybox ip route; busybox ping -c 1 -W 20 10.9.0.1";
     let (status, text) = fixture.run("c1", &shell(&spec, script));
     assert_eq!(status, ExitStatus::Code(0), "{text}");
@@ -106,6 +107,8 @@ fn early() {
     connected.read_to_string(&mut hello).expect("it is connected");
     assert_eq!(hello, "hello\n");
     assert_eq!(unwrap(fixture.sandbox.wait(server.id)), ExitStatus::Code(0));
+    drop(init.stdin);
+    unwrap(fixture.sandbox.wait(init.id));
     fixture.end();
     let taps = unwrap(pod.run(|| Command::new("ip").args(["-o", "link"]).output())).expect("iproute2");
     let taps = String::from_utf8_lossy(&taps.stdout).into_owned();

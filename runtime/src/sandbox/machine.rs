@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use mvm_protocol::{Configure, Identity, ShutdownMode};
 use mvm_vmm::config::MachineId;
+use oci_spec::runtime::Spec;
 
 use super::SandboxRequest;
 use super::launcher::MachineLauncher;
@@ -22,6 +23,7 @@ use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
 use crate::machine::{Disk, Plan, prepare};
 use crate::net::{NetRequest, Netns};
+use crate::rootfs::{UPPER_BYTES, Upper};
 use crate::spec::{Settings, Size, size};
 
 /// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
@@ -30,6 +32,8 @@ const AGENT_TIME: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(10);
 /// Time a guest gets after that to write its disks back and power off.
 const END_TIME: Duration = Duration::from_secs(60);
+/// Memory for the mount points that are missing in a root that is read-only, in bytes.
+const MOUNT_POINTS: u64 = 4 << 20;
 /// Log of the machine's process, in its sandbox's directory.
 const LOG: &str = "machine.log";
 
@@ -39,7 +43,8 @@ pub(super) struct MachineSandbox {
     pub(super) id: MachineId,
     pub(super) state: PathBuf,
     pub(super) directory: PathBuf,
-    pub(super) settings: Settings,
+    settings: Settings,
+    allowed_annotations: Vec<String>,
     pub(super) size: Size,
     place: Place,
     /// Its cards, while it runs.
@@ -67,13 +72,14 @@ enum Place {
 impl MachineSandbox {
     /// Plans a machine; nothing is made on the host but a network name space that ends with it.
     pub(super) fn new(launcher: &MachineLauncher, request: &SandboxRequest) -> Result<Self, Failure> {
-        let allowed: Vec<_> = launcher.allowed_annotations.iter().map(String::as_str).collect();
-        let settings = Settings::of(request.spec.annotations().as_ref(), &allowed)?;
+        let allowed_annotations = launcher.allowed_annotations.clone();
+        let settings = Settings::of(request.spec.annotations().as_ref(), &allowed_annotations)?;
         Ok(Self {
             id: request.id.clone(),
             state: launcher.state.clone(),
             directory: request.directory.clone(),
             settings,
+            allowed_annotations,
             size: size(&request.spec, &settings, launcher.host),
             place: match &request.net {
                 Some(net) => Place::Made(net.clone()),
@@ -87,6 +93,19 @@ impl MachineSandbox {
             changing: Arc::default(),
             updates: Mutex::default(),
             members: Mutex::default(),
+        })
+    }
+
+    /// Where a container's writes go: onto a disk, unless it may not write but for what its mounts need, or is said
+    /// to want none.
+    pub(super) fn upper(&self, spec: &Spec) -> Result<Upper, Failure> {
+        let settings = Settings::of(spec.annotations().as_ref(), &self.allowed_annotations)?;
+        if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
+            return Ok(Upper::Memory { bytes: MOUNT_POINTS });
+        }
+        Ok(match settings.upper_bytes.or(self.settings.upper_bytes).unwrap_or(UPPER_BYTES) {
+            0 => Upper::Memory { bytes: 0 },
+            bytes => Upper::Disk { bytes },
         })
     }
 
@@ -220,5 +239,79 @@ impl MachineSandbox {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::sandbox::{ContainerRequest, Sandbox};
+
+    fn planned(directory: &Path, spec: serde_json::Value) -> Result<MachineSandbox, Failure> {
+        let launcher = MachineLauncher { state: directory.join("state"), ..Default::default() };
+        let directory = directory.join("sandbox");
+        fs::create_dir_all(&directory).unwrap();
+        let spec = serde_json::from_value(spec).unwrap();
+        let request = SandboxRequest { id: "m".parse().unwrap(), directory, spec, pod: false, net: None };
+        MachineSandbox::new(&launcher, &request)
+    }
+
+    fn alone() -> serde_json::Value {
+        json!({"linux": {"namespaces": [{"type": "network"}]}})
+    }
+
+    #[test]
+    fn a_sandbox_that_was_only_planned_ends_with_nothing_left_and_may_be_ended_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = planned(dir.path(), alone()).unwrap();
+        assert_eq!(sandbox.pid(), 0);
+        sandbox.end().unwrap();
+        sandbox.end().unwrap();
+        assert_eq!(sandbox.wait_machine(), "it was never started");
+        assert!(!dir.path().join("sandbox").exists());
+        assert!(sandbox.stats("c").is_err());
+        sandbox.remove("c").unwrap();
+    }
+
+    #[test]
+    fn a_container_that_cannot_be_honoured_starts_no_machine_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = planned(dir.path(), alone()).unwrap();
+        let mut spec = alone();
+        spec["mounts"] = json!([{"destination": "/data", "type": "bind", "source": "/"}]);
+        spec["root"] = json!({"path": dir.path()});
+        let spec = serde_json::from_value(spec).unwrap();
+        let bundle = dir.path().to_path_buf();
+        let request = ContainerRequest { id: "c".to_owned(), bundle, spec, rootfs: Vec::new() };
+        let report = sandbox.create(&request).unwrap_err().report();
+        assert!(report.contains("/data"), "{report}");
+        assert!(sandbox.stages.is_planned());
+        assert_eq!(fs::read_dir(dir.path().join("sandbox")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_hosts_network_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let failure = planned(dir.path(), json!({"linux": {"namespaces": []}})).unwrap_err();
+        assert!(failure.report().contains("network"), "{}", failure.report());
+    }
+
+    #[test]
+    fn writes_go_to_a_disk_of_the_size_that_was_asked_for_unless_there_are_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut pod = alone();
+        pod["annotations"] = json!({"io.mvm.upper_size": "2G"});
+        let sandbox = planned(dir.path(), pod).unwrap();
+        let upper = |spec| sandbox.upper(&serde_json::from_value(spec).unwrap());
+        assert_eq!(upper(json!({})).unwrap(), Upper::Disk { bytes: 2 << 30 });
+        let own = json!({"annotations": {"io.mvm.upper_size": "512M"}});
+        assert_eq!(upper(own).unwrap(), Upper::Disk { bytes: 512 << 20 });
+        let read_only = json!({"root": {"path": "rootfs", "readonly": true}});
+        assert_eq!(upper(read_only).unwrap(), Upper::Memory { bytes: MOUNT_POINTS });
+        assert!(upper(json!({"annotations": {"io.mvm.unknown": "1"}})).is_err());
     }
 }

@@ -12,7 +12,7 @@ use super::stage::Live;
 use super::volumes::{Host, Volumes, bring};
 use crate::failure::{Context, Failure};
 use crate::machine::{DeviceName, Disk};
-use crate::rootfs::{self, LAYER_DISKS, Prepared, UPPER_BYTES, Upper};
+use crate::rootfs::{self, LAYER_DISKS, Prepared};
 use crate::spec::{Profile, Translated, translate};
 
 /// Longest id the agent takes.
@@ -117,10 +117,7 @@ fn prepare(
             container: &request.id,
             mounts: &request.rootfs,
             root: root.as_deref(),
-            upper: match sandbox.settings.upper_bytes.unwrap_or(UPPER_BYTES) {
-                0 => Upper::Memory { bytes: 0 },
-                bytes => Upper::Disk { bytes },
-            },
+            upper: sandbox.upper(&request.spec)?,
             directory,
             layer_disks: LAYER_DISKS,
         },

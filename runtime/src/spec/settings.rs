@@ -42,14 +42,15 @@ impl Settings {
     ///
     /// # Errors
     /// One of mvm's that is not allowed, not known, or not understood.
-    pub fn of(annotations: Option<&HashMap<String, String>>, allowed: &[&str]) -> Result<Self> {
+    pub fn of(annotations: Option<&HashMap<String, String>>, allowed: &[impl AsRef<str>]) -> Result<Self> {
         let mut settings = Self::default();
         let mut ours: Vec<_> =
             annotations.into_iter().flatten().filter(|(name, _)| name.starts_with(PREFIX)).collect();
         ours.sort();
         for (name, value) in ours {
             let refuse = |why: String| Refused::new(format!("annotations.{name}"), why);
-            if !allowed.contains(&name.as_str()) {
+            if !allowed.iter().any(|allowed| allowed.as_ref() == name) {
+                let allowed: Vec<_> = allowed.iter().map(AsRef::as_ref).collect();
                 return Err(refuse(format!("it is not allowed here; allowed are {}", allowed.join(", "))));
             }
             let not = |what: &str| refuse(format!("{value:?} is no {what}"));

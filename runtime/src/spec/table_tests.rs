@@ -168,3 +168,55 @@ fn a_default_specification_is_honoured() {
     let process = process(spec.process().as_ref().unwrap(), &translated.profile).unwrap();
     assert_eq!(process.confinement.capabilities.unwrap().bounding, 0xa804_25fb);
 }
+
+/// A container of a pod as Kubernetes asks for it through CRI.
+#[test]
+fn a_container_of_a_pod_is_honoured() {
+    let bind = |source: &str, target: &str, mode: &str| json!({"destination": target, "type": "bind", "source": source, "options": ["rbind", "rprivate", mode]});
+    let spec = json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "user": {"uid": 65532, "gid": 65532, "additionalGids": [65532, 2000]}, "args": ["/app"], "cwd": "/",
+            "env": ["KUBERNETES_SERVICE_HOST=10.96.0.1"], "oomScoreAdj": 985, "noNewPrivileges": true,
+            "apparmorProfile": "cri-containerd.apparmor.d",
+            "capabilities": {"bounding": ["CAP_NET_BIND_SERVICE"], "effective": ["CAP_NET_BIND_SERVICE"],
+                             "permitted": ["CAP_NET_BIND_SERVICE"]},
+        },
+        "root": {"path": "rootfs", "readonly": true},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
+            bind("/var/lib/kubelet/pods/7/etc-hosts", "/etc/hosts", "rw"),
+            bind("/var/lib/kubelet/pods/7/containers/app/1", "/dev/termination-log", "rw"),
+            bind("/run/containerd/sandboxes/7/shm", "/dev/shm", "rw"),
+            bind("/var/lib/kubelet/pods/7/volumes/kubernetes.io~projected/token",
+                 "/var/run/secrets/kubernetes.io/serviceaccount", "ro"),
+        ],
+        "linux": {
+            "cgroupsPath": "/kubepods/burstable/pod7/c",
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/proc/7/ns/net"},
+            ],
+            "resources": {
+                "devices": [{"allow": false, "access": "rwm"}],
+                "memory": {"limit": 134217728, "swap": 134217728},
+                "cpu": {"shares": 102, "quota": 20000, "period": 100000},
+                "hugepageLimits": [{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 0}],
+                "unified": {"memory.oom.group": "1"},
+            },
+            "maskedPaths": ["/proc/asound", "/sys/devices/virtual/powercap"],
+            "readonlyPaths": ["/proc/bus"],
+        },
+        "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "7"},
+    });
+    let spec: Spec = serde_json::from_value(spec).unwrap();
+    let translated = translate(&spec, Path::new("/bundle"), 1).unwrap();
+    let hosts = translated.mounts.iter().filter(|mount| matches!(mount, MountPart::Host(_))).count();
+    assert_eq!((translated.mounts.len(), hosts), (6, 4));
+    let limits = translated.surroundings.limits.files.iter().map(|(name, text)| format!("{name}={text}"));
+    let expected = ["memory.max=134217728", "cpu.weight=4", "cpu.max=20000 100000", "memory.oom.group=1"];
+    assert_eq!(limits.collect::<Vec<_>>(), expected);
+    assert!(process(spec.process().as_ref().unwrap(), &translated.profile).is_ok());
+}

@@ -274,6 +274,24 @@ fn a_registry_that_wants_a_login_gets_it_from_options_or_dockers_configuration()
     assert_eq!(output.status.code(), Some(2), "a password is not guessed: {output:?}");
 }
 
+/// Makes an authority `ca.pem` and the registry's `key.pem` and `cert.pem` of it.
+fn certify(directory: &Path) {
+    let openssl = |arguments: &str| {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let output = Command::new("openssl").args(&arguments).current_dir(directory).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    let ca = "-subj /CN=authority -addext basicConstraints=critical,CA:TRUE -keyout ca.key -out ca.pem";
+    openssl(&format!("req -x509 {key} -days 2 {ca}"));
+    openssl(&format!("req {key} -subj /CN=registry -keyout key.pem -out request"));
+    fs::write(directory.join("extensions"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+        .unwrap();
+    openssl(
+        "x509 -req -in request -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out cert.pem",
+    );
+}
+
 #[test]
 fn a_registry_is_trusted_by_the_authority_that_is_named() {
     if !alone() {
@@ -281,71 +299,10 @@ fn a_registry_is_trusted_by_the_authority_that_is_named() {
     }
     let mut registry = Registry::new();
     registry.image("tool", "1", b"content");
+    certify(registry.dir.path());
     let path = |name: &str| registry.path(name).display().to_string();
-    let (ca, ca_key, key, request, certificate) =
-        (path("ca.pem"), path("ca.key"), path("key.pem"), path("request"), path("cert.pem"));
-    run(
-        "openssl",
-        &[
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=authority",
-            "-addext",
-            "basicConstraints=critical,CA:TRUE",
-            "-keyout",
-            &ca_key,
-            "-out",
-            &ca,
-        ],
-    );
-    run(
-        "openssl",
-        &[
-            "req",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-subj",
-            "/CN=registry",
-            "-keyout",
-            &key,
-            "-out",
-            &request,
-        ],
-    );
-    fs::write(path("extensions"), "subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n")
-        .unwrap();
-    run(
-        "openssl",
-        &[
-            "x509",
-            "-req",
-            "-in",
-            &request,
-            "-CA",
-            &ca,
-            "-CAkey",
-            &ca_key,
-            "-CAcreateserial",
-            "-days",
-            "2",
-            "-extfile",
-            &path("extensions"),
-            "-out",
-            &certificate,
-        ],
-    );
-    let tls = format!("  tls: {{certificate: {certificate}, key: {key}}}\n");
+    let (ca, tls) =
+        (path("ca.pem"), format!("  tls: {{certificate: {}, key: {}}}\n", path("cert.pem"), path("key.pem")));
     let address = registry.start(&tls, "");
     let name = format!("{address}/tool:1");
     let said = registry.fails(&["image", "pull", &name], "");

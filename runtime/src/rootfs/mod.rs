@@ -27,8 +27,9 @@ use mounts::{Layer, Parts, Writes};
 use serial::Serials;
 
 /// Most layers of a container that become a disk each, unless [`Request::layer_disks`] says otherwise; more are
-/// merged into one. A machine's bus has 32 places.
-pub const LAYER_DISKS: usize = 8;
+/// merged into one. Layers of their own are shared by images, but a machine's bus has 32 places for all disks of all
+/// its containers, and each disk takes time at boot.
+pub const LAYER_DISKS: usize = 4;
 
 /// Size of the disk that takes a container's writes, in bytes. It is sparse: it costs what is written.
 pub const UPPER_BYTES: u64 = 8 << 30;

@@ -125,7 +125,9 @@ fn bind(mount: &RootfsMount, active: &[Active]) -> Result<Parts, Failure> {
     let read_only = has(mount, "ro");
     match (source.pop(), source.is_empty()) {
         (Some(Piece::Path(path)), true) if read_only => {
-            Ok(Parts { layers: vec![committed(path)], writes: Writes::View })
+            // Only of a snapshot it is sure that nothing changes it.
+            let layer = if is_snapshot(&path) { committed(path) } else { Layer::Root(path) };
+            Ok(Parts { layers: vec![layer], writes: Writes::View })
         }
         (Some(Piece::Path(path)), true) => {
             let writes = match path.file_name() == Some(SNAPSHOT_FS.as_ref()) {
@@ -227,6 +229,17 @@ fn committed(path: PathBuf) -> Layer {
         Some(image) => Layer::Image(image, Some(path)),
         None => Layer::Committed(path),
     }
+}
+
+/// Whether a directory is where snapshotters keep a snapshot: `snapshots/7` or `snapshots/7/fs`.
+fn is_snapshot(path: &Path) -> bool {
+    let directory = if path.file_name() == Some(SNAPSHOT_FS.as_ref()) { path.parent() } else { Some(path) };
+    let is_number = |name: &str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
+    directory.is_some_and(|directory| {
+        let parent = directory.parent().and_then(Path::file_name);
+        let name = directory.file_name().and_then(|name| name.to_str());
+        parent == Some("snapshots".as_ref()) && name.is_some_and(is_number)
+    })
 }
 
 /// The disk of writes beside a snapshot's directory: `mvm-upper-fs.ext4`.

@@ -43,11 +43,20 @@ fn a_view_is_an_overlay_without_upper_directory_or_a_read_only_bind() {
     let overlay = [mount("overlay", "overlay", &["lowerdir=/s/2/fs:/s/1/fs"])];
     let layers = vec![committed("/s/2/fs"), committed("/s/1/fs")];
     assert_eq!(understand(&overlay).unwrap(), Parts { layers, writes: Writes::View });
-    let bind = [mount("bind", "/s/1/fs", &["ro", "rbind"])];
-    assert_eq!(
-        understand(&bind).unwrap(),
-        Parts { layers: vec![committed("/s/1/fs")], writes: Writes::View }
-    );
+    for path in ["/c/snapshots/1/fs", "/native/snapshots/12"] {
+        let bind = [mount("bind", path, &["ro", "rbind"])];
+        let parts = Parts { layers: vec![committed(path)], writes: Writes::View };
+        assert_eq!(understand(&bind).unwrap(), parts);
+    }
+}
+
+#[test]
+fn a_directory_that_is_no_snapshot_may_change_even_if_it_is_bound_read_only() {
+    for path in ["/etc/config", "/data/fs", "/snapshots/x", "/snapshots", "/snapshots/1/other"] {
+        let bind = [mount("bind", path, &["ro", "rbind"])];
+        let parts = Parts { layers: vec![Layer::Root(path.into())], writes: Writes::View };
+        assert_eq!(understand(&bind).unwrap(), parts);
+    }
 }
 
 #[test]

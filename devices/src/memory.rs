@@ -2,7 +2,7 @@
 
 pub use vm_memory::{
     Address, ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion,
-    GuestRegionCollection, GuestRegionMmap, VolatileSlice,
+    GuestRegionCollection, GuestRegionMmap, VolatileArrayRef, VolatileMemory, VolatileSlice,
 };
 
 /// The guest's RAM: one or more mapped regions. Cheap to clone (the regions are shared).

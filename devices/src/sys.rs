@@ -26,7 +26,6 @@ const MAX_BUFFERS: usize = 260;
 struct Buffers<'a> {
     list: [MaybeUninit<libc::iovec>; MAX_BUFFERS],
     count: usize,
-    bytes: usize,
     memory: PhantomData<&'a ()>,
 }
 
@@ -38,14 +37,13 @@ impl<'a> Buffers<'a> {
 
     fn collect(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Self {
         // Small requests are most of them: they do not pay for the room that large ones need.
-        let list = [const { MaybeUninit::uninit() }; MAX_BUFFERS];
-        let mut buffers = Self { list, count: 0, bytes: 0, memory: PhantomData };
-        for (place, slice) in buffers.list.iter_mut().zip(slices) {
+        let mut list = [const { MaybeUninit::uninit() }; MAX_BUFFERS];
+        let mut places = list.iter_mut();
+        for (slice, place) in slices.zip(places.by_ref()) {
             place.write(iovec(&slice));
-            buffers.count = buffers.count.saturating_add(1);
-            buffers.bytes = buffers.bytes.saturating_add(slice.len());
         }
-        buffers
+        let count = MAX_BUFFERS.saturating_sub(places.len());
+        Self { list, count, memory: PhantomData }
     }
 
     /// The first of [`Buffers::count`] filled places.

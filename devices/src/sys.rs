@@ -5,63 +5,72 @@
 
 pub mod file;
 mod rights;
+pub(crate) mod segment;
 pub mod tap;
 
 pub use rights::{MAX_FILES, receive_with_files};
 
 use std::io;
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::chain::Cursor;
 use crate::memory::VolatileSlice;
+use segment::Segment;
 
 /// Size of a host page on x86-64.
 const HOST_PAGE: usize = 4096;
-/// Buffers of one system call; longer requests take several. A mebibyte of scattered pages takes one.
-const MAX_BUFFERS: usize = 260;
+/// Parts of chains in one system call; more of them take several.
+const MAX_PARTS: usize = 260;
+const NO_PARTS: [MaybeUninit<libc::iovec>; MAX_PARTS] = [const { MaybeUninit::uninit() }; MAX_PARTS];
 
-/// A few buffers of guest memory in the form `readv` and its kin take.
+/// Buffers of guest memory in the form `readv` and its kin take.
 struct Buffers<'a> {
-    list: [MaybeUninit<libc::iovec>; MAX_BUFFERS],
+    /// The buffers as they lie in a chain, if all of them are wanted whole.
+    whole: Option<&'a [Segment]>,
+    /// Else parts of them.
+    parts: [MaybeUninit<libc::iovec>; MAX_PARTS],
     count: usize,
-    memory: PhantomData<&'a ()>,
 }
 
 impl<'a> Buffers<'a> {
     /// The next buffers of `cursor`, up to `max` bytes.
     fn gather(cursor: &Cursor<'a>, max: u32) -> Self {
-        Self::collect(cursor.slices(max))
+        match cursor.segments(max) {
+            Some(segments) => Self { whole: Some(segments), parts: NO_PARTS, count: segments.len() },
+            None => Self::collect(cursor.slices(max)),
+        }
     }
 
     fn collect(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Self {
         // Small requests are most of them: they do not pay for the room that large ones need.
-        let mut list = [const { MaybeUninit::uninit() }; MAX_BUFFERS];
-        let mut places = list.iter_mut();
+        let mut parts = NO_PARTS;
+        let mut places = parts.iter_mut();
         for (slice, place) in slices.zip(places.by_ref()) {
             place.write(iovec(&slice));
         }
-        let count = MAX_BUFFERS.saturating_sub(places.len());
-        Self { list, count, memory: PhantomData }
+        let count = MAX_PARTS.saturating_sub(places.len());
+        Self { whole: None, parts, count }
     }
 
-    /// The first of [`Buffers::count`] filled places.
+    /// The first of [`Buffers::count`] buffers.
     fn first(&self) -> *const libc::iovec {
-        self.list.as_ptr().cast()
+        self.whole.map_or(self.parts.as_ptr().cast(), Segment::as_iovecs)
     }
 
+    /// How many buffers one system call gets.
     fn count(&self) -> libc::c_int {
-        libc::c_int::try_from(self.count).unwrap_or(0)
+        libc::c_int::try_from(self.count).unwrap_or(0).min(libc::UIO_MAXIOV)
     }
 
     /// The buffers as a message without address or control data.
-    fn message(&mut self) -> libc::msghdr {
+    fn message(&self) -> libc::msghdr {
         libc::msghdr {
             msg_name: std::ptr::null_mut(),
             msg_namelen: 0,
-            msg_iov: self.list.as_mut_ptr().cast(),
-            msg_iovlen: self.count,
+            // The kernel reads this list and never writes it.
+            msg_iov: self.first().cast_mut(),
+            msg_iovlen: usize::try_from(self.count()).unwrap_or(0),
             msg_control: std::ptr::null_mut(),
             msg_controllen: 0,
             msg_flags: 0,
@@ -134,7 +143,7 @@ pub fn receive<'a>(
     socket: BorrowedFd<'_>,
     slices: impl Iterator<Item = VolatileSlice<'a>>,
 ) -> io::Result<u32> {
-    let mut buffers = Buffers::collect(slices);
+    let buffers = Buffers::collect(slices);
     let mut message = buffers.message();
     let done = retry(|| {
         // SAFETY: the message names the iovecs of `buffers`, which lives on; each names bytes inside a
@@ -150,7 +159,7 @@ pub fn receive<'a>(
 /// # Errors
 /// The host's reason; `WouldBlock` when nothing can be taken.
 pub fn send(socket: BorrowedFd<'_>, from: &mut Cursor<'_>, max: u32) -> io::Result<u32> {
-    let mut buffers = Buffers::gather(from, max);
+    let buffers = Buffers::gather(from, max);
     let message = buffers.message();
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let done = retry(|| {
@@ -220,7 +229,7 @@ fn transfer_at(
     let mut total = 0u32;
     while total < len {
         let buffers = Buffers::gather(cursor, len.saturating_sub(total));
-        if buffers.count == 0 {
+        if buffers.count() == 0 {
             break;
         }
         let at = offset.checked_add(total.into()).and_then(|at| libc::off_t::try_from(at).ok());

@@ -3,29 +3,40 @@
 #[cfg(test)]
 mod tests;
 
-use super::Segment;
 use crate::error::ChainError;
 use crate::memory::{
-    Address, ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory, VolatileSlice,
+    Address, ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, Memory,
+    VolatileSlice,
 };
+use crate::sys::segment::Segment;
 
-/// A region of guest memory, as the host has it.
-struct Mapped<'a> {
+/// A region of guest memory: where the guest sees it, and where it is mapped.
+pub(super) struct Mapped<'a> {
     start: u64,
     bytes: VolatileSlice<'a>,
 }
 
 impl<'a> Mapped<'a> {
-    /// The region that `address` lies in.
-    fn around(memory: &'a Memory, address: GuestAddress) -> Option<Self> {
-        let region = memory.find_region(address)?;
+    fn new(region: &'a GuestRegionMmap) -> Option<Self> {
         Some(Self { start: region.start_addr().raw_value(), bytes: region.as_volatile_slice().ok()? })
     }
 
-    /// `len` bytes from `address`, if they lie in this region.
-    fn slice(&self, address: GuestAddress, len: u32) -> Option<VolatileSlice<'a>> {
+    /// The region that the guest's `address` lies in.
+    #[cold]
+    pub(super) fn around(memory: &'a Memory, address: GuestAddress) -> Option<Self> {
+        memory.find_region(address).and_then(Self::new)
+    }
+
+    /// `len` bytes from the guest's `address`, if they lie in this region.
+    pub(super) fn slice(&self, address: GuestAddress, len: u32) -> Option<VolatileSlice<'a>> {
         let offset = address.raw_value().checked_sub(self.start)?;
         self.bytes.subslice(usize::try_from(offset).ok()?, usize::try_from(len).ok()?).ok()
+    }
+
+    /// `len` bytes from this process's `address`, if they lie in this region.
+    fn slice_here(&self, address: usize, len: u32) -> Option<VolatileSlice<'a>> {
+        let offset = address.checked_sub(self.bytes.ptr_guard().as_ptr().addr())?;
+        self.bytes.subslice(offset, usize::try_from(len).ok()?).ok()
     }
 }
 
@@ -67,18 +78,27 @@ impl<'a> Cursor<'a> {
         // The region of the last buffer: the next one mostly lies there too.
         let mut region: Option<Mapped<'a>> = None;
         self.segments.iter().map_while(move |segment| {
-            let len = segment.len.saturating_sub(offset).min(left);
-            let at = segment.address.checked_add(offset.into())?;
+            let len = segment.len().saturating_sub(offset).min(left);
+            let address = segment.address().checked_add(usize::try_from(offset).ok()?)?;
             offset = 0;
             left = left.saturating_sub(len);
             if len == 0 {
                 return None;
             }
-            if let Some(slice) = region.as_ref().and_then(|region| region.slice(at, len)) {
-                return Some(slice);
-            }
-            region.insert(Mapped::around(memory, at)?).slice(at, len)
+            let same = region.as_ref().and_then(|region| region.slice_here(address, len));
+            same.or_else(|| {
+                region = memory
+                    .iter()
+                    .filter_map(Mapped::new)
+                    .find(|region| region.slice_here(address, len).is_some());
+                region.as_ref()?.slice_here(address, len)
+            })
         })
+    }
+
+    /// The buffers from here on as they lie in the chain, if those are all that is left, wholly and within `max` bytes.
+    pub(crate) fn segments(&self, max: u32) -> Option<&'a [Segment]> {
+        (self.offset == 0 && self.beyond == 0 && self.remaining <= max).then_some(self.segments)
     }
 
     /// Passes over `n` bytes.
@@ -100,7 +120,7 @@ impl<'a> Cursor<'a> {
     fn seek_forward(&mut self, n: u32) {
         let mut n = n;
         while let Some((first, rest)) = self.segments.split_first() {
-            let left = first.len.saturating_sub(self.offset);
+            let left = first.len().saturating_sub(self.offset);
             if n < left {
                 self.offset = self.offset.saturating_add(n);
                 break;
@@ -119,12 +139,12 @@ impl<'a> Cursor<'a> {
         }
         let mut left = self.remaining.saturating_add(self.beyond);
         for (index, segment) in self.segments.iter().enumerate().rev() {
-            if left <= segment.len {
+            if left <= segment.len() {
                 self.segments = self.segments.get(index..).unwrap_or_default();
-                self.offset = segment.len.saturating_sub(left);
+                self.offset = segment.len().saturating_sub(left);
                 return;
             }
-            left = left.saturating_sub(segment.len);
+            left = left.saturating_sub(segment.len());
         }
     }
 
@@ -141,7 +161,7 @@ impl<'a> Cursor<'a> {
             let cut = self.offset > 0;
             let count = front.segments.len().saturating_sub(self.segments.len()).saturating_add(cut.into());
             front.segments = front.segments.get(..count).unwrap_or_default();
-            front.beyond = if cut { next.len.saturating_sub(self.offset) } else { 0 };
+            front.beyond = if cut { next.len().saturating_sub(self.offset) } else { 0 };
         }
         Ok(front)
     }

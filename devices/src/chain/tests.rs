@@ -6,9 +6,10 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::Buffers;
-use super::{Chain, Segment, Table};
+use super::{Chain, Table};
 use crate::error::ChainError;
-use crate::memory::{Bytes, GuestAddress, Memory};
+use crate::memory::{Bytes, GuestAddress, GuestMemoryBackend, Memory};
+use crate::sys::segment::Segment;
 use crate::testing::{Descriptor, Driver, HIGH, INDIRECT, NEXT, REGION, WRITE, memory};
 
 const SIZE: u16 = 8;
@@ -366,10 +367,13 @@ fn agree(entries: &[(u64, u16, Descriptor)], head: u16, indirect: bool) -> Optio
     let (memory, ram) = small(entries);
     let table = Table { address: GuestAddress(TABLE), size: SIZE, indirect, position: 0 };
     let walked = Chain::walk(&memory, table, head, &mut Buffers::default()).ok().map(|chain| {
-        let plain = |segments: &[Segment]| segments.iter().map(|s| (s.address.0, s.len)).collect::<Vec<_>>();
+        let plain =
+            |segments: &[Segment]| segments.iter().map(|s| (s.address(), s.len())).collect::<Vec<_>>();
         [plain(&chain.segments[..chain.readable]), plain(&chain.segments[chain.readable..])]
     });
-    assert_eq!(walked, reference(&ram, TABLE, indirect, head));
+    let here = |(address, len)| (memory.get_host_address(GuestAddress(address)).unwrap().addr(), len);
+    let expected = reference(&ram, TABLE, indirect, head);
+    assert_eq!(walked, expected.map(|buffers| buffers.map(|side| side.into_iter().map(here).collect())));
     walked.map(|buffers| buffers.concat().len())
 }
 

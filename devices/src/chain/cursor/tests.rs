@@ -33,7 +33,7 @@ fn lay_out(memory: &Memory, lens: &[u32]) -> Vec<Segment> {
         let bytes: Vec<u8> = (0..*len).map(|offset| next + u8::try_from(offset).unwrap()).collect();
         memory.write_slice(&bytes, address).unwrap();
         next += u8::try_from(*len).unwrap();
-        segments.push(Segment { address, len: *len });
+        segments.push(Segment::new(&memory.get_slice(address, bytes.len()).unwrap()));
     }
     segments
 }

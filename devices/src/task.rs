@@ -75,7 +75,9 @@ impl DeviceTask {
             return;
         }
         for (data, kick) in (0u32..).zip(&self.kicks) {
-            if let Err(source) = watch.add(kick.as_raw_fd(), data, EventSet::IN) {
+            // Each kick wakes the loop, however many came before: nobody has to read how many.
+            let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            if let Err(source) = watch.add(kick.as_raw_fd(), data, edge) {
                 return self.fail(&Error::Device { operation: "watch a queue", source }, watch);
             }
         }
@@ -92,10 +94,6 @@ impl DeviceTask {
             return self.run(watch, |device, io| device.on_event(token, events, io));
         }
         let Ok(index) = u16::try_from(data) else { return };
-        if let Some(kick) = self.kicks.get(usize::from(index)) {
-            // The count says nothing; a kick taken back by another wake-up is a spurious one.
-            let _ = kick.read();
-        }
         self.run(watch, |device, io| device.on_queue(index, io));
     }
 
@@ -123,7 +121,7 @@ impl DeviceTask {
         for (index, kick) in (0u16..).zip(&self.kicks) {
             let ring = self.rings.get(usize::from(index)).and_then(Option::as_ref);
             if self.again.contains(&index) || ring.is_some_and(Ring::is_unfinished) {
-                // Only fails when the counter is full, and then the event is set already.
+                // Only fails when the counter is full, after 2^64 kicks.
                 let _ = kick.write(1);
             }
         }

@@ -86,3 +86,37 @@ pub(crate) fn serial(spec: &DeviceSpec) -> &str {
         _ => "",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::RecvTimeoutError;
+
+    use super::*;
+    use crate::pci_bus::tests::fixture;
+    use crate::pci_bus::tests::stuck::{PATIENCE, stuck};
+
+    #[test]
+    fn a_device_in_a_request_leaves_the_bus_at_once_and_ends_after_the_request() {
+        let fixture = fixture();
+        let own = IoLoop::spawn("stuck").unwrap();
+        let (device, inside, go) = stuck();
+        let number = fixture.add(device, &own);
+        fixture.start_driver(3);
+        fixture.kick_last();
+        inside.recv_timeout(PATIENCE).unwrap();
+
+        let mut device = fixture.bus.remove_virtio(number, true).unwrap();
+        device._io_loop = Some(own);
+        assert!(!end(device), "its last request is not through");
+        go.send(()).unwrap();
+        // The device is dropped, and with it its end of the channel.
+        assert_eq!(inside.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+    }
+
+    #[test]
+    fn an_idle_device_ends_at_once() {
+        let fixture = fixture();
+        fixture.start_driver(1);
+        assert!(end(fixture.bus.remove_virtio(1, true).unwrap()));
+    }
+}

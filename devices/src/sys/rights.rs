@@ -51,17 +51,16 @@ fn files(message: &libc::msghdr) -> Vec<OwnedFd> {
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
         // SAFETY: a header that is not null lies whole inside the control data, which is aligned for it.
-        let (level, kind, length) =
-            unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
-        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+        let head = unsafe { header.read() };
+        if head.cmsg_level == libc::SOL_SOCKET && head.cmsg_type == libc::SCM_RIGHTS {
             // SAFETY: takes a number only.
             let before = usize::try_from(unsafe { libc::CMSG_LEN(0) }).unwrap_or(usize::MAX);
-            let count = length.saturating_sub(before).checked_div(size_of::<RawFd>()).unwrap_or(0);
+            let count = head.cmsg_len.saturating_sub(before).checked_div(size_of::<RawFd>()).unwrap_or(0);
             // SAFETY: the header is valid (above); its data follows it.
             let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
             for index in 0..count {
                 // SAFETY: `count` descriptors lie in the data, by the length the kernel wrote.
-                let number = unsafe { data.add(index).read_unaligned() };
+                let number = unsafe { data.wrapping_add(index).read_unaligned() };
                 // SAFETY: the kernel has just installed this descriptor for us; nobody else knows it.
                 files.push(unsafe { OwnedFd::from_raw_fd(number) });
             }

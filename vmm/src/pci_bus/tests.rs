@@ -1,4 +1,6 @@
 //! Tests of the bus with a real virtio function, and a recorder for doorbells.
+pub(crate) mod stuck;
+
 use std::collections::BTreeSet;
 use std::io;
 

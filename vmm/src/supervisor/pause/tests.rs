@@ -1,50 +1,10 @@
 //! Holding devices of which one does not come back.
 
-use std::sync::mpsc::{Receiver, Sender, channel};
-
-use mvm_devices::device::{Io, Kind, VirtioDevice};
-use mvm_devices::error::Error;
 use mvm_devices::io_loop::IoLoop;
-use mvm_devices::virtio::{DeviceState, rng};
 
 use super::*;
 use crate::pci_bus::tests::fixture;
-
-/// Longest a test waits for what must come.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Waits in each kick, as in a request that the host does not complete, but not while it is started.
-struct Stuck {
-    started: bool,
-    entered: Sender<()>,
-    leave: Receiver<()>,
-}
-
-impl VirtioDevice for Stuck {
-    fn kind(&self) -> Kind {
-        rng::KIND
-    }
-
-    fn queues(&self) -> &[u16] {
-        &[64]
-    }
-
-    fn on_queue(&mut self, _: u16, _: &mut Io<'_>) -> Result<(), Error> {
-        if std::mem::replace(&mut self.started, true) {
-            self.entered.send(()).unwrap();
-            self.leave.recv_timeout(PATIENCE).unwrap();
-        }
-        Ok(())
-    }
-
-    fn state(&self) -> DeviceState {
-        DeviceState::Rng(rng::State {})
-    }
-
-    fn restore(&mut self, _: &DeviceState) -> Result<(), Error> {
-        Ok(())
-    }
-}
+use crate::pci_bus::tests::stuck::{PATIENCE, stuck};
 
 /// Whether each device is held, by number.
 fn held(bus: &PciBus) -> Vec<bool> {
@@ -69,8 +29,8 @@ fn devices_are_held_and_let_go_on_together() {
 fn one_device_that_does_not_come_back_lets_all_go_on() {
     let fixture = fixture();
     let own = IoLoop::spawn("stuck").unwrap();
-    let ((entered, inside), (go, leave)) = (channel(), channel());
-    fixture.add(Box::new(Stuck { started: false, entered, leave }), &own);
+    let (device, inside, go) = stuck();
+    fixture.add(device, &own);
     for device in [1, 2, 3] {
         fixture.start_driver(device);
     }

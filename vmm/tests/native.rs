@@ -313,6 +313,17 @@ fn devices_are_attached_with_their_files_up_to_a_full_bus_and_detached() {
 }
 
 #[test]
+fn a_machine_logs_at_the_level_of_the_one_that_starts_it() {
+    log::set_max_level(log::LevelFilter::Debug);
+    let mut vm = run(Program::Halt);
+    vm.wait_for_guest();
+    let arguments = std::fs::read(format!("/proc/{}/cmdline", vm.child.pid)).unwrap();
+    assert!(arguments.ends_with(b"\0DEBUG\0"), "{}", String::from_utf8_lossy(&arguments));
+    vm.control.call(&Request::Stop).unwrap();
+    assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));
+}
+
+#[test]
 fn a_connected_control_socket_needs_no_listener() {
     let (near, far) = UnixStream::pair().unwrap();
     let mut vm = launch(&Program::Halt.image(), |config, files| config.control = Some(files.add(far)));

@@ -16,14 +16,16 @@ const PAUSE_TIME: Duration = Duration::from_secs(1);
 /// Holds everything: from then on nothing touches guest memory. If something does not let itself be held, all of
 /// it goes on and the reason is returned.
 pub(super) fn pause(gate: &Gate, bus: &Arc<Bus>, vcpus: &[Running]) -> Result<(), String> {
-    let already = gate.is_paused();
+    if gate.is_paused() {
+        return Ok(()); // all of it, devices as well
+    }
     let kick = || vcpus.iter().for_each(Running::kick);
     let held = if gate.pause(vcpus.len(), Instant::now() + PAUSE_TIME, kick) {
         hold(bus, |bus| &bus.pci, PAUSE_TIME)
     } else {
         Err("the virtual CPUs did not come to a halt in time".to_owned())
     };
-    if held.is_err() && !already {
+    if held.is_err() {
         gate.resume();
     }
     held

@@ -16,6 +16,8 @@ use crate::{devices, log};
 
 /// Memory a balloon leaves to its guest, in MiB.
 const LEAST_MIB: u64 = 32;
+/// Some device could not be looked at.
+const BUSY: &str = "a device is busy: the host has not completed its last request";
 
 /// The machine that requests are about.
 #[derive(Debug)]
@@ -44,8 +46,15 @@ impl Subject<'_> {
     }
 
     fn attach(&mut self, spec: &DeviceSpec, mut files: Received) -> Reply {
-        if self.disk(devices::serial(spec)).is_some() {
-            return Reply::Error("a disk of this serial number is attached already".to_owned());
+        match devices::serial(spec) {
+            "" => {}
+            serial => match self.disk(serial) {
+                Ok(None) => {}
+                Ok(Some(_)) => {
+                    return Reply::Error("a disk of this serial number is attached already".to_owned());
+                }
+                Err(busy) => return Reply::Error(busy.to_owned()),
+            },
         }
         match self.machine.attacher.attach(spec, &mut files, &self.machine.bus.pci) {
             Ok(number) => match u8::try_from(number) {
@@ -61,11 +70,13 @@ impl Subject<'_> {
 
     fn detach(&self, name: &DeviceName, force: bool) -> Reply {
         let number = match name {
-            DeviceName::Number(number) => Some(usize::from(*number)),
+            DeviceName::Number(number) => Ok(Some(usize::from(*number))),
             DeviceName::Serial(serial) => self.disk(serial),
         };
-        let Some(number) = number else {
-            return Reply::Error("there is no disk of this serial number".into());
+        let number = match number {
+            Ok(Some(number)) => number,
+            Ok(None) => return Reply::Error("there is no disk of this serial number".to_owned()),
+            Err(busy) => return Reply::Error(busy.to_owned()),
         };
         let device = match self.machine.bus.pci.remove_virtio(number, force) {
             Ok(device) => device,
@@ -79,15 +90,15 @@ impl Subject<'_> {
         Reply::Error(open.to_owned())
     }
 
-    /// The number of the disk with this serial number.
-    fn disk(&self, serial: &str) -> Option<usize> {
+    /// The number of the disk with this serial number, unless it may be one that cannot be looked at.
+    fn disk(&self, serial: &str) -> Result<Option<usize>, &'static str> {
         let mut found = None;
-        self.machine.bus.pci.for_each_virtio(|number, device| {
+        let busy = self.machine.bus.pci.for_each_virtio(|number, device| {
             if !serial.is_empty() && device.serial == serial {
                 found = Some(number);
             }
         });
-        found
+        if found.is_none() && busy > 0 { Err(BUSY) } else { Ok(found) }
     }
 
     /// Sets the balloon's target and tells the driver; a guest keeps [`LEAST_MIB`] to live on.
@@ -95,7 +106,7 @@ impl Subject<'_> {
         let target_mib = target_mib.min(self.config.memory.mib().saturating_sub(LEAST_MIB));
         let pages_per_mib = (1 << 20) / balloon::PAGE_SIZE;
         let mut reply = Reply::Error("this machine has no balloon".to_owned());
-        self.machine.bus.pci.for_each_virtio(|_, device| {
+        let busy = self.machine.bus.pci.for_each_virtio(|_, device| {
             let device = &device.function;
             if let (balloon::KIND, Some(space)) = (device.kind(), device.config_space()) {
                 let pages = u32::try_from(target_mib * pages_per_mib).unwrap_or(u32::MAX);
@@ -105,7 +116,7 @@ impl Subject<'_> {
                 reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
             }
         });
-        reply
+        if busy > 0 && matches!(reply, Reply::Error(_)) { Reply::Error(BUSY.to_owned()) } else { reply }
     }
 
     fn info(&self) -> Info {

@@ -191,9 +191,12 @@ fn limits() {
     });
     let files =
         vec![limit("memory.max", "16777216"), limit("pids.max", "8"), limit("cpu.max", "50000 100000")];
-    let surroundings =
-        Surroundings { limits: Limits { files }, mounts: usual_mounts(), ..Default::default() };
-    set_up(&vm, "small", surroundings);
+    let mut mounts = usual_mounts();
+    mounts.push(mount("cgroup2", "/cgroup", MsFlags::empty(), ""));
+    let namespaces = own_spaces();
+    set_up(&vm, "small", Surroundings { namespaces, limits: Limits { files }, mounts, ..Default::default() });
+    // One that sees all cgroups mounts them once more.
+    set_up(&vm, "all", Surroundings { mounts: usual_mounts(), ..Default::default() });
     let (_, status) = run(&vm, inside("small", "exec tail /dev/zero"));
     assert_eq!(status, ExitStatus::Signal(9));
     assert_eq!(kills.recv_timeout(PATIENCE).expect("it is reported"), ("small".to_owned(), 1));
@@ -223,8 +226,7 @@ fn limits() {
     assert!(agent.update("nobody", Limits::default()).is_err());
 
     let script =
-        "mkdir -p /cgroup/in/ner && echo made; echo max > /cgroup/memory.max; cat /cgroup/memory.max; \
-                  cat /proc/self/cgroup; grep cgroup2 /proc/mounts";
+        "mkdir -p /cgroup/in/ner && echo made; echo max > /cgroup/memory.max; cat /cgroup/memory.max";
     let text = output(&vm, "small", script);
     assert!(text.starts_with("made\n67108864\n") && text.contains("Operation not permitted"), "{text}");
     agent.remove_root("small").expect("with what was made in it");

@@ -3,6 +3,7 @@
 #   make demo     boot a container in a micro-VM and show what each stage took
 #   make test     everything: formatting, lints, unit and property tests, end-to-end tests
 #   make check    formatting and lints alone
+#   make containerd containerd's suites whole: every generation that Debian has, runc besides mvm
 #   make bench    the figures, as ratios in one run       (ONLY=id,… runs some of them)
 #   make lab      a command inside the emulated host      (CMD='…', LAB_FLAGS=--deterministic)
 #   make build    binaries, guest kernel and agent, laid out as installed under target/dist
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install manual deb demo check test unit e2e bench lab clean
+.PHONY: help setup kernel build install manual deb demo check test unit e2e containerd containerd-quick bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -77,13 +78,25 @@ unit: setup
 
 # A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build
-	debian=$$(kernel-config/fetch-debian-kernel.sh) && MVM_TEST_DEBIAN_KERNEL=$$debian/bzImage $(CARGO) test -p mvm-integration
+	debian=$$(kernel-config/fetch-debian-kernel.sh) && MVM_TEST_DEBIAN_KERNEL=$$debian/bzImage $(CARGO) test -p mvm-integration --lib --bins \
+	    --test e2e --test kernel_config --test lab --test native --test structure
 
-test: check unit e2e
+# containerd is downloaded and unpacked, not installed. Within `make test` ours alone runs, and the older generations
+# run only what differs between them.
+containerd: build
+	fetched=$$(integration/containerd/fetch.sh) && MVM_TEST_CONTAINERD=$$fetched MVM_TEST_WHOLE=1 \
+	    $(CARGO) test -p mvm-integration --test containerd
+
+containerd-quick: build
+	fetched=$$(integration/containerd/fetch.sh) && MVM_TEST_CONTAINERD=$$fetched MVM_TEST_RUNTIMES=mvm \
+	    $(CARGO) test -p mvm-integration --test containerd
+
+test: check unit e2e containerd-quick
 
 bench: build
 	$(CARGO) build --release -p mvm-integration --bin bench --bin floor --bin guest_bench
-	@$(CARGO) run -q --release -p mvm-integration --bin bench -- $(if $(ONLY),--only $(ONLY))
+	@fetched=$$(integration/containerd/fetch.sh) && MVM_TEST_CONTAINERD=$$fetched \
+	    $(CARGO) run -q --release -p mvm-integration --bin bench -- $(if $(ONLY),--only $(ONLY))
 
 lab: build
 	@PATH="$(CURDIR)/$(DIST)/bin:$$PATH" $(CARGO) run -q -p mvm-integration --bin lab -- $(LAB_FLAGS) -- sh -c '$(subst ','\'',$(CMD))'

@@ -10,7 +10,8 @@ use std::time::Duration;
 use mvm_runtime::guest::GuestFiles;
 use serde_json::json;
 
-use super::{Figure, Report, Wanted, beside};
+use super::{ENGINE, FETCHED, Figure, Report, Wanted, beside};
+use crate::containerd::Installation;
 use crate::lab::{self, Options};
 
 /// Bound of one try, by the wall clock.
@@ -18,15 +19,35 @@ const TIME: Duration = Duration::from_secs(900);
 /// Programs of this host that are used inside, where its files are slow to read.
 const BORROWED: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/bin/busybox"];
 
-/// Measures what is wanted.
+/// Measures what is wanted of machines alone.
 ///
 /// # Errors
 /// The lab cannot run, or its answer is nonsense.
 pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
+    measure(
+        &wanted.only(ENGINE, false),
+        BORROWED.iter().map(PathBuf::from).filter(|path| path.is_file()).collect(),
+    )
+}
+
+/// Measures what is wanted under containerd: the newest that was fetched.
+///
+/// # Errors
+/// It was not fetched, the lab cannot run, or its answer is nonsense.
+pub fn engine_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
+    let fetched = std::env::var_os(FETCHED)
+        .ok_or_else(|| io::Error::other(format!("{FETCHED} names no containerd: use `make bench`")))?;
+    let newest = Installation::all(fetched.as_ref())?.pop().ok_or(io::ErrorKind::NotFound)?;
+    measure(
+        &wanted.only(ENGINE, true),
+        vec!["/bin/busybox".into(), newest.programs, newest.runc, newest.plugins],
+    )
+}
+
+fn measure(wanted: &Wanted, mut copy: Vec<PathBuf>) -> io::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let bench = lay_out(dir.path())?;
-    let mut copy = vec![dir.path().to_path_buf()];
-    copy.extend(BORROWED.iter().map(PathBuf::from).filter(|path| path.is_file()));
+    copy.push(dir.path().to_path_buf());
     let options = Options {
         deterministic: true,
         timeout: TIME,
@@ -61,6 +82,7 @@ fn lay_out(dir: &Path) -> io::Result<PathBuf> {
         (bench.clone(), "bin/bench"),
         (beside("floor")?, "bin/floor"),
         (beside("guest_bench")?, "bin/guest_bench"),
+        (vmm.with_file_name("containerd-shim-mvm-v2"), "bin/containerd-shim-mvm-v2"),
         (vmm, "bin/mvm-vmm"),
         (guest.kernel, "share/mvm/vmlinux"),
         (guest.agent, "share/mvm/mvm-agent"),

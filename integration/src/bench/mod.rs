@@ -34,7 +34,18 @@ pub const IDS: &[&str] = &[
     "lab.vsock_rtt_us",
     "lab.vsock_stream_mbs",
     "lab.vm_memory_mb",
+    "lab.ctr_run_over_runc_cold",
+    "lab.exec_over_runc",
+    "shim.private_kb",
+    "lab.ten_pods_p99_over_p50",
 ];
+
+/// Those that are measured under containerd, in a run of their own.
+pub const ENGINE: &[&str] =
+    &["lab.ctr_run_over_runc_cold", "lab.exec_over_runc", "shim.private_kb", "lab.ten_pods_p99_over_p50"];
+
+/// Names what `integration/containerd/fetch.sh` left.
+pub const FETCHED: &str = "MVM_TEST_CONTAINERD";
 
 /// Which figures are wanted.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +68,13 @@ impl Wanted {
     /// Whether the figure `id` is wanted.
     pub fn has(&self, id: &str) -> bool {
         self.0.as_ref().is_none_or(|names| names.iter().any(|name| name == id))
+    }
+
+    /// Those of the wanted figures that are, or are not, in `list`.
+    #[must_use]
+    pub fn only(&self, list: &[&str], inside: bool) -> Self {
+        let some = IDS.iter().filter(|id| self.has(id) && list.contains(id) == inside);
+        Self(Some(some.map(|id| (*id).to_owned()).collect()))
     }
 
     /// The wanted figures, separated by commas.
@@ -116,5 +134,8 @@ mod tests {
         let some = Wanted::parse(Some("lab.net_rtt_us,native.teardown_ms")).unwrap();
         assert!(some.has("lab.net_rtt_us") && !some.has("lab.vm_memory_mb"));
         assert!(some.any("native.") && !some.any("lab.blk"));
+        let engine = Wanted::default().only(ENGINE, true);
+        assert_eq!(engine.list(), ENGINE.join(","));
+        assert!(!Wanted::default().only(ENGINE, false).has("shim.private_kb"));
     }
 }

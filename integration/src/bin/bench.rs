@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mvm_integration::bench::{Figure, IDS, Report, Wanted, emulated, inside, native};
+use mvm_integration::bench::{ENGINE, Figure, IDS, Report, Wanted, emulated, inside, native};
 
 /// Measure, print a table, and write everything to a file.
 #[derive(Debug, Parser)]
@@ -42,10 +42,10 @@ fn main() -> ExitCode {
     }
     let mut report = Report::default();
     let mut complete = true;
-    let mut part = |name: &str, figures: fn(&Wanted) -> io::Result<Vec<Figure>>| {
-        if wanted.any(name) {
+    let mut part = |name: &str, wanted: &Wanted, figures: fn(&Wanted) -> io::Result<Vec<Figure>>| {
+        if !wanted.list().is_empty() {
             say(&format!("measuring {name}*"));
-            match figures(&wanted) {
+            match figures(wanted) {
                 Ok(figures) => report.0.extend(figures),
                 Err(error) => {
                     say(&format!("{name}*: {error}"));
@@ -54,8 +54,11 @@ fn main() -> ExitCode {
             }
         }
     };
-    part("native.", native::figures);
-    part("lab.", emulated::figures);
+    let machines = wanted.only(ENGINE, false);
+    let (native, lab): (Vec<_>, Vec<_>) = IDS.iter().copied().partition(|id| id.starts_with("native."));
+    part("native.", &machines.only(&native, true), native::figures);
+    part("lab.", &machines.only(&lab, true), emulated::figures);
+    part("containerd: lab.", &wanted.only(ENGINE, true), emulated::engine_figures);
     let missing: Vec<_> =
         IDS.iter().filter(|id| wanted.has(id) && report.0.iter().all(|figure| figure.id != **id)).collect();
     if !missing.is_empty() {

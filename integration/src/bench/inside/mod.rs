@@ -2,6 +2,7 @@
 
 mod boot;
 mod crowd;
+mod engine;
 mod guest;
 mod peer;
 mod qemu;
@@ -80,6 +81,9 @@ pub fn run(wanted: &Wanted, out: &mut dyn Write) -> io::Result<()> {
     }
     if wanted.has("lab.vm_memory_mb") {
         add("memory", crowd::figure().map(|figure| vec![figure]));
+    }
+    if super::ENGINE.iter().any(|id| wanted.has(id)) {
+        add("containerd", engine::figures(wanted));
     }
     figures.retain(|figure| wanted.has(&figure.id));
     serde_json::to_writer(out, &Report(figures)).map_err(io::Error::other)

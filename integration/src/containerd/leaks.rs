@@ -42,7 +42,7 @@ impl Picture {
     #[must_use]
     pub fn take(dir: &Path) -> Self {
         let mut found = BTreeSet::new();
-        processes(&mut found);
+        processes(dir, &mut found);
         mounts(&mut found);
         links(&mut found);
         sockets(&mut found);
@@ -75,8 +75,9 @@ impl Picture {
     }
 }
 
-/// Every process with a command line: the kernel's own have none.
-fn processes(found: &mut BTreeSet<String>) {
+/// Every process with a command line (the kernel's own have none) but the daemon and its client, which restarts change.
+fn processes(dir: &Path, found: &mut BTreeSet<String>) {
+    let (daemon, client) = (format!("--config {}", dir.display()), " -n default events");
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let pid = entry.file_name().to_string_lossy().into_owned();
         if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -84,8 +85,9 @@ fn processes(found: &mut BTreeSet<String>) {
         }
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<_> = line.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-        if !line.is_empty() {
-            found.insert(format!("process {pid} {}", words.join(" ").trim_end()));
+        let words = words.join(" ").trim_end().to_owned();
+        if !words.is_empty() && !words.contains(&daemon) && !words.ends_with(client) {
+            found.insert(format!("process {pid} {words}"));
         }
     }
 }

@@ -60,13 +60,21 @@ impl Runtime {
         }
     }
 
-    /// The name of its shim's process, as the kernel cuts it.
+    /// Its shim's program.
     #[must_use]
-    pub fn shim(self) -> &'static str {
-        match self {
-            Self::Runc => "containerd-shim",
-            Self::Mvm => "containerd-shim",
-        }
+    pub fn shim(self) -> String {
+        format!("containerd-shim-{}-v2", self.name())
+    }
+
+    /// The shim's process that containerd started for a container or a pod.
+    #[must_use]
+    pub fn shim_of(self, id: &str) -> Option<i32> {
+        fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let words: Vec<_> = line.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
+            let ours = words.first()?.ends_with(&self.shim()) && words.iter().any(|word| word == id);
+            entry.file_name().to_string_lossy().parse().ok().filter(|_| ours)
+        })
     }
 }
 

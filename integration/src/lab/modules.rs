@@ -12,7 +12,7 @@ const AT_BOOT: [&str; 8] =
     ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "kvm_amd", "tun", "loop"];
 /// At hand for whoever asks: the kernel itself, `modprobe`, or `ip link add type …`. An extra one costs 20 ms of boot,
 /// so nothing else is inserted.
-const ON_DEMAND: [&str; 47] = [
+const ON_DEMAND: [&str; 49] = [
     "crc32c_generic",
     "virtio_rng",
     "virtio_blk",
@@ -52,6 +52,8 @@ const ON_DEMAND: [&str; 47] = [
     "xt_comment",
     "xt_multiport",
     "xt_nat",
+    "xt_mark",
+    "xt_tcpudp",
     "iptable_nat",
     "iptable_filter",
     "ip6table_nat",

@@ -1,6 +1,5 @@
 //! What breaks: every fault ends in one exit that is told once, a delete that succeeds, and nothing left behind.
 
-use std::fs;
 use std::process::{Command, Stdio};
 
 use mvm_integration::containerd::Runtime;
@@ -102,10 +101,11 @@ fn twice(context: &Context) {
 fn nothing(context: &Context) {
     let bundle = tempfile::tempdir().expect("a directory");
     let installation = &context.daemon.installation;
-    let program = match context.runtime {
-        Runtime::Runc => installation.programs.join("containerd-shim-runc-v2"),
-        Runtime::Mvm => crate::programs().join("bin/containerd-shim-mvm-v2"),
+    let dir = match context.runtime {
+        Runtime::Runc => installation.programs.clone(),
+        Runtime::Mvm => crate::programs().join("bin"),
     };
+    let program = dir.join(context.runtime.shim());
     let path = std::env::join_paths([installation.runc.as_path(), "/bin".as_ref(), "/usr/bin".as_ref()])
         .expect("a path");
     let mut command = Command::new(program);
@@ -123,15 +123,5 @@ fn nothing(context: &Context) {
 
 /// The shim that containerd started for a container.
 pub(crate) fn shim_of(context: &Context, id: &str) -> Pid {
-    let name = format!("containerd-shim-{}-v2", context.runtime.name());
-    for entry in fs::read_dir("/proc").expect("proc").flatten() {
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words: Vec<_> = line.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-        let ours =
-            words.first().is_some_and(|word| word.ends_with(&name)) && words.iter().any(|word| word == id);
-        if let (true, Ok(pid)) = (ours, entry.file_name().to_string_lossy().parse()) {
-            return Pid::from_raw(pid);
-        }
-    }
-    panic!("no {name} of {id}");
+    Pid::from_raw(context.runtime.shim_of(id).expect("a running shim"))
 }

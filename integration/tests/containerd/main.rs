@@ -31,6 +31,10 @@ const FETCHED: &str = "MVM_TEST_CONTAINERD";
 const GENERATIONS: &str = "MVM_TEST_GENERATIONS";
 /// Runtimes to run, separated by spaces; both unless given.
 const RUNTIMES: &str = "MVM_TEST_RUNTIMES";
+/// Set: right here, whatever KVM there is; containers of runc need none.
+const HERE: &str = "MVM_TEST_HERE";
+/// Set: every suite on every generation.
+const WHOLE: &str = "MVM_TEST_WHOLE";
 /// Inside: the one generation of this run.
 const GENERATION: &str = "MVM_TEST_GENERATION";
 /// Bound of one generation's run in the lab.
@@ -57,10 +61,18 @@ fn everywhere() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let wanted = variable(GENERATIONS);
     let wanted =
         |generation: &str| wanted.as_ref().is_none_or(|list| list.split(' ').any(|name| name == generation));
+    let newest = all.last().map(|installation| installation.generation.clone()).unwrap_or_default();
     let mut table = Vec::new();
     for installation in all.iter().filter(|installation| wanted(&installation.generation)) {
+        let whole = variable(WHOLE).is_some() || installation.generation == newest;
         say(&format!("containerd {}", installation.version()));
-        let status = child(installation)?;
+        if !whole {
+            say(&format!(
+                "{} run on containerd {newest} only: {WHOLE}=1 has them here too",
+                names(INDEPENDENT)
+            ));
+        }
+        let status = child(installation, whole)?;
         table.push((installation.version(), status));
     }
     for (version, status) in &table {
@@ -71,16 +83,29 @@ fn everywhere() -> Result<ExitCode, Box<dyn std::error::Error>> {
 }
 
 /// Runs this very program for one generation, in the lab unless Linux guests run here.
-fn child(installation: &Installation) -> Result<u8, Box<dyn std::error::Error>> {
+fn child(installation: &Installation, whole: bool) -> Result<u8, Box<dyn std::error::Error>> {
     let myself = std::env::current_exe()?;
     let env: Vec<(OsString, OsString)> = vec![
         (GENERATION.into(), installation.generation.clone().into()),
+        (WHOLE.into(), if whole { "1" } else { "" }.into()),
         ("MVM_PREFIX".into(), programs().into()),
     ];
     let argv: Vec<_> =
         std::iter::once(myself.clone().into_os_string()).chain(std::env::args_os().skip(1)).collect();
-    if lab::host_runs_linux().runs_linux() {
-        let status = std::process::Command::new(&argv[0]).args(&argv[1..]).envs(env).status()?;
+    if variable(HERE).is_some() || lab::host_runs_linux().runs_linux() {
+        // Processes of their own as well, with a first one that reaps; all end with it.
+        let mut command = std::process::Command::new("unshare");
+        command.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            "\"$@\" & wait $!",
+            "sh",
+        ]);
+        let status = command.args(argv).envs(env).status()?;
         return Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(255));
     }
     let copy = [&installation.programs, &installation.runc, &installation.plugins].map(PathBuf::from);
@@ -112,30 +137,42 @@ fn here(generation: &str, mut arguments: Arguments) -> Result<ExitCode, Box<dyn 
     Ok(conclusion.exit_code())
 }
 
+/// Suites and their names: those that differ by how a generation of containerd speaks to a shim …
+const DEPENDENT: &[(&str, &[Test])] = &[
+    ("stdio", stdio::TESTS),
+    ("lifecycle", lifecycle::TESTS),
+    ("pods", pods::TESTS),
+    ("faults", faults::TESTS),
+];
+/// … and those about what a specification asks of a runtime, which is the same from all of them.
+const INDEPENDENT: &[(&str, &[Test])] =
+    &[("confinement", confinement::TESTS), ("network", network::TESTS), ("rows", flat::TESTS)];
+
+fn names(suites: &[(&str, &[Test])]) -> String {
+    suites.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
 fn trials(daemon: Option<&'static Daemon>) -> Vec<Trial> {
     let wanted = variable(RUNTIMES);
-    let runtimes = Runtime::ALL.into_iter().filter(|runtime| {
+    let wanted = |runtime: &Runtime| {
         wanted.as_ref().is_none_or(|list| list.split(' ').any(|name| name == runtime.name()))
-    });
-    let both = [
-        stdio::TESTS,
-        lifecycle::TESTS,
-        confinement::TESTS,
-        network::TESTS,
-        pods::TESTS,
-        faults::TESTS,
-        flat::TESTS,
-    ];
-    let tests = |runtime| match runtime {
-        Runtime::Runc => both.concat(),
-        Runtime::Mvm => [both.concat(), faults::OURS.to_vec()].concat(),
     };
-    let trial = |runtime: Runtime, (name, test): Test| {
-        Trial::test(format!("{}::{name}", runtime.name()), move || {
-            Context::new(daemon.ok_or("only listed")?, runtime).run(test)
-        })
-    };
-    runtimes.flat_map(|runtime| tests(runtime).into_iter().map(move |test| trial(runtime, test))).collect()
+    let mut suites = DEPENDENT.to_vec();
+    if daemon.is_none() || variable(WHOLE).is_some() {
+        suites.extend(INDEPENDENT);
+    }
+    let mut trials = Vec::new();
+    for runtime in Runtime::ALL.into_iter().filter(wanted) {
+        let ours = (runtime == Runtime::Mvm).then_some(("faults", faults::OURS));
+        for (suite, tests) in suites.iter().copied().chain(ours) {
+            trials.extend(tests.iter().map(|&(name, test)| {
+                Trial::test(format!("{}::{suite}::{name}", runtime.name()), move || {
+                    Context::new(daemon.ok_or("only listed")?, runtime).run(test)
+                })
+            }));
+        }
+    }
+    trials
 }
 
 fn installations() -> std::io::Result<Vec<Installation>> {

@@ -132,8 +132,7 @@ impl<'a> Pod<'a> {
 
 fn shared(context: &Context) {
     let pod = Pod::run(context, |_| {});
-    let serve = "while :; do echo over the loopback | nc -l -p 9000 -s 127.0.0.1; done";
-    let a = pod.start("a", serve, None);
+    let a = pod.start("a", "exec nc -ll -p 9000 -e echo over the loopback", None);
     let b = pod.start("b", "exec sleep 1000", None);
     let c = pod.start("c", "exec sleep 1000", None);
     assert_eq!(pod.sh(&b, "until nc 127.0.0.1 9000 </dev/null; do sleep 0.1; done"), "over the loopback\n");
@@ -224,8 +223,7 @@ fn ports(context: &Context) {
     let pod = Pod::run(context, |config| {
         config.port_mappings = vec![PortMapping { protocol: 0, container_port: 8080, host_port: 18080 }];
     });
-    let container = pod.start("a", "while :; do echo served | nc -l -p 8080; done", None);
-    // The shell's loop listens anew after every connection: who comes in between tries again.
+    let container = pod.start("a", "exec nc -ll -p 8080 -e echo served", None);
     let dial = |space: &str, address: &str, port: &str| {
         let script = format!("until busybox nc -w 5 {address} {port} </dev/null; do sleep 0.1; done");
         let words = ["-s", "KILL", "60", "nsenter", &format!("--net={space}"), "sh", "-c", &script];

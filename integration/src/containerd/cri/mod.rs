@@ -129,8 +129,9 @@ impl Cri {
         let transport = |source| Error::Transport { method, source };
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(transport)?;
-        let exchange = tokio::time::timeout(BOUND, exchange(&self.socket, method, framed(request)));
-        let answered = runtime.block_on(async { exchange.await.map_err(io::Error::from)? });
+        let exchange = exchange(&self.socket, method, framed(request));
+        let answered =
+            runtime.block_on(async { tokio::time::timeout(BOUND, exchange).await.map_err(io::Error::from)? });
         let (body, trailers) = answered.map_err(transport)?;
         let text = |name: &str| {
             trailers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())

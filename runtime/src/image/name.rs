@@ -38,8 +38,8 @@ pub fn full_name(text: &str) -> Result<String> {
         return Err(refuse("between its slashes are lower-case letters and digits, and . _ - inside"));
     }
     let begins_well = registry.starts_with(|first: char| first.is_ascii_alphanumeric() || first == '[');
-    if !begins_well || !registry.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".:-[]".contains(&byte))
-    {
+    let plain = registry.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".:-[]".contains(&byte));
+    if !begins_well || !plain || registry.contains("..") {
         return Err(refuse("its registry is no host name"));
     }
     if tag.is_some_and(|tag| !is_tag(tag)) {

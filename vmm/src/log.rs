@@ -1,6 +1,6 @@
 //! Log lines to standard error, limited per call site: what a guest can cause it must not be able to flood.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +20,7 @@ static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 
 /// Installs the log. Lines below `level` are not even formatted.
 pub(crate) fn install(level: LevelFilter) {
-    let sink = Box::new(Sink { sites: Mutex::new(HashMap::new()) });
+    let sink = Box::new(Sink { sites: Mutex::new(BTreeMap::new()) });
     // Fails only if there is a log already, which then stays.
     if log::set_boxed_logger(sink).is_ok() {
         log::set_max_level(level);
@@ -42,7 +42,7 @@ type Site = (&'static str, u32);
 
 struct Sink {
     /// Call sites are finite, so this is bounded by the program's size.
-    sites: Mutex<HashMap<Site, Budget>>,
+    sites: Mutex<BTreeMap<Site, Budget>>,
 }
 
 impl Log for Sink {

@@ -19,6 +19,7 @@ use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::fds::Slots;
 use crate::gate::Gate;
+use crate::kvm::host::{self, SupportedCpuid};
 use crate::kvm::{Vm, registers};
 use crate::memory;
 use crate::metrics::Counters;
@@ -50,12 +51,13 @@ impl Machine {
         status: &Arc<Stream>,
         stages: &mut Stages,
     ) -> Result<Self> {
+        let kvm = host::open(slots.take_for(config.kvm, "/dev/kvm")?)?;
+        let features = SupportedCpuid::ask(&kvm)?; // wanted in step 5
         let memory = memory::create(config.memory)?; // 1. RAM, where layout.rs says
         let entry = load(config, slots, &memory)?; // 2. kernel, initial RAM disk, tables
         stages.loaded_ns = now();
 
         let ecam = Ecam::take()?;
-        let kvm = slots.take_for(config.kvm, "/dev/kvm")?;
         let vm = Arc::new(Vm::new(kvm, memory)?); // 3. a machine that has them
         stages.vm_ns = now();
 
@@ -74,7 +76,7 @@ impl Machine {
         stages.devices_ns = now();
 
         let gate = Arc::new(Gate::new().map_err(Error::system("make an event"))?);
-        let vcpus = vcpus(&vm, config.cpus.get(), entry)? // 5. CPUs, pointed at the entry
+        let vcpus = vcpus(&vm, features, config.cpus.get(), entry)? // 5. CPUs, pointed at the entry
             .into_iter()
             .map(|(id, fd)| Vcpu {
                 id,
@@ -122,11 +124,11 @@ pub(crate) fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-fn vcpus(vm: &Vm, count: u8, entry: Entry) -> Result<Vec<(u8, VcpuFd)>> {
-    let supported = vm.supported_cpuid()?;
+fn vcpus(vm: &Vm, features: SupportedCpuid, count: u8, entry: Entry) -> Result<Vec<(u8, VcpuFd)>> {
+    let fds = (0..count).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>>>()?;
+    let supported = features.answer()?;
     let mut vcpus = Vec::with_capacity(count.into());
-    for id in 0..count {
-        let fd = vm.create_vcpu(id)?;
+    for (id, fd) in (0..).zip(fds) {
         // A KVM that does not tell leaves the guest to ask kvmclock.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let topology = Topology { cpus: count, tsc_khz, tsc_deadline: vm.has_tsc_deadline_timer() };

@@ -19,6 +19,9 @@ use crate::supervisor::{Supervisor, block_signals};
 /// period in the host's kernel.
 const DESCRIPTORS: i32 = 255;
 
+/// Bytes that few configurations exceed.
+const USUAL_CONFIG_BYTES: usize = 4096;
+
 /// Runs the machine that descriptor 3 describes. Returns the process's exit code.
 ///
 /// The program's arguments are the number of slots that follow the configuration and, if more than warnings are to
@@ -79,7 +82,8 @@ fn read_config(slots: &mut Slots) -> Result<MachineConfig> {
     }
     let fd = slots.take_config().map_err(Error::ReadConfig)?;
     reserve_descriptors(&fd).map_err(Error::ReadConfig)?;
-    let mut text = Vec::new();
+    // Room for most configurations, which are then read at once.
+    let mut text = Vec::with_capacity(USUAL_CONFIG_BYTES);
     File::from(fd).take(MAX_CONFIG_BYTES).read_to_end(&mut text).map_err(Error::ReadConfig)?;
     serde_json::from_slice(&text).map_err(Error::ParseConfig)
 }

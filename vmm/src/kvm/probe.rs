@@ -9,7 +9,7 @@ use std::path::Path;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::vm::REQUIRED;
+use super::host::REQUIRED;
 use crate::config::VcpuCount;
 
 /// What a user of such a host is told.

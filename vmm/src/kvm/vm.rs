@@ -2,15 +2,13 @@
 //!
 //! The order matters: on recent hosts a memory slot may wait a clock tick or two for a grace period, a first one set
 //! before anything else least likely. So RAM comes first, and what can wait comes when the guest runs.
-#![allow(unsafe_code)] // handing memory to KVM, and an inherited descriptor to kvm-ioctls
+#![allow(unsafe_code)] // handing memory to KVM
 
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_READONLY,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_READONLY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use mvm_devices::memory::{GuestMemoryBackend, GuestMemoryRegion, Memory};
@@ -19,45 +17,17 @@ use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::layout;
 
-/// The API version that has been stable since 2007.
-const API_VERSION: i32 = 12;
-
-/// What this crate cannot do without, with its name for messages.
-pub(super) const REQUIRED: [(Cap, &str); 7] = [
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (
-        Cap::SplitIrqchip,
-        "KVM_CAP_SPLIT_IRQCHIP (local APICs without the rest of a PC's interrupt controllers)",
-    ),
-    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM (PCI configuration space without exits)"),
-    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API"),
-];
-
 /// A virtual machine in KVM.
 #[derive(Debug)]
 pub(crate) struct Vm {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
     fd: Arc<VmFd>,
     memory: Arc<Memory>,
 }
 
 impl Vm {
     /// Makes a machine that has `memory`.
-    pub(crate) fn new(kvm: OwnedFd, memory: Memory) -> Result<Self> {
-        // SAFETY: `into_raw_fd` gives up ownership of an open descriptor, which `Kvm` takes. If it is not
-        // /dev/kvm the version check below fails.
-        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-        if kvm.get_api_version() != API_VERSION {
-            return Err(Error::KvmLacks("API version 12, or the file passed is not /dev/kvm"));
-        }
-        for (capability, name) in REQUIRED {
-            if !kvm.check_extension(capability) {
-                return Err(Error::KvmLacks(name));
-            }
-        }
+    pub(crate) fn new(kvm: Arc<Kvm>, memory: Memory) -> Result<Self> {
         let fd = Arc::new(kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?);
         let vm = Self { kvm, fd, memory: Arc::new(memory) };
         vm.add_memory()?;
@@ -73,13 +43,6 @@ impl Vm {
     /// The machine's memory.
     pub(crate) fn memory(&self) -> &Arc<Memory> {
         &self.memory
-    }
-
-    /// What KVM can give a guest's CPUID instruction.
-    pub(crate) fn supported_cpuid(&self) -> Result<CpuId> {
-        self.kvm
-            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("ask KVM for the CPU's features"))
     }
 
     /// Whether the local APIC's timer has a deadline mode.

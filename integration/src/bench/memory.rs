@@ -19,10 +19,18 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// # Errors
 /// The host does not tell.
 pub fn settled() -> io::Result<i64> {
+    standing_still(available)
+}
+
+/// What `read` finds in kB, once it stands still.
+///
+/// # Errors
+/// As `read`.
+pub fn standing_still(read: impl Fn() -> io::Result<i64>) -> io::Result<i64> {
     let end = Instant::now() + PATIENCE;
     let mut readings = Vec::new();
     loop {
-        readings.push(available()?);
+        readings.push(read()?);
         let last = readings.iter().rev().take(READINGS);
         let (low, high) = (last.clone().min(), last.clone().max());
         let still = readings.len() >= READINGS

@@ -1,5 +1,6 @@
 //! The figures: each a ratio in one run, or virtual time in the deterministic lab, with its raw rows.
 
+pub mod cgroup;
 pub mod emulated;
 pub mod exchange;
 pub mod inside;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::subject::{Running, Setup, Subject};
 use crate::bench::Figure;
+use crate::bench::cgroup::Meter;
 use crate::bench::memory::{settled, smaps_kib};
 use crate::bench::stats::median;
 
@@ -18,34 +19,50 @@ const QEMU_MACHINES: usize = 20;
 /// Crowds of each.
 const ROUNDS: usize = 6;
 
-/// One crowd's measurements.
+/// One crowd's measurements, in kB of each machine.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Crowd {
-    /// kB of MemAvailable each took.
+    /// Charged to a memory cgroup, and of that what is the kernel's, if there is such a cgroup.
+    charged_kb: Option<(f64, f64)>,
+    /// Pages that the processes have to themselves.
+    process_kb: f64,
+    /// Change of MemAvailable by their start and by their end.
     taken_kb: f64,
-    /// kB of MemAvailable each gave back.
     given_kb: f64,
     starts_per_s: f64,
-    /// kB the process of one of them has to itself.
-    process_kb: f64,
 }
 
 impl Crowd {
     fn measure(subject: Subject, machines: usize, setup: &Setup) -> io::Result<Self> {
-        let before = settled()?;
+        let meter = Meter::new().ok();
+        let charged = || meter.as_ref().map(Meter::settled).transpose();
+        meter.as_ref().map_or(Ok(()), Meter::enter)?;
+        let (before, charged_before) = (settled()?, charged()?);
         let (running, starts_per_s) = start(subject, machines, setup)?;
-        let during = settled()?;
-        let process_kb = running.first().map_or(Ok(0), |one| smaps_kib(one.pid()))? as f64;
+        let (during, charged_during) = (settled()?, charged()?);
+        let own = running.iter().map(|one| smaps_kib(one.pid())).sum::<io::Result<i64>>()?;
         end(running)?;
         let after = settled()?;
         let each = |more: i64, less: i64| (more - less) as f64 / machines as f64;
-        Ok(Self { taken_kb: each(before, during), given_kb: each(after, during), starts_per_s, process_kb })
+        Ok(Self {
+            charged_kb: charged_during.zip(charged_before).map(
+                |((all, kernel), (all_before, kernel_before))| {
+                    (each(all, all_before), each(kernel, kernel_before))
+                },
+            ),
+            process_kb: each(own, 0),
+            taken_kb: each(before, during),
+            given_kb: each(after, during),
+            starts_per_s,
+        })
     }
 
     fn row(&self, subject: Subject) -> Value {
         json!({
-            "subject": format!("{subject:?}").to_lowercase(), "taken_kb": self.taken_kb, "given_back_kb": self.given_kb,
-            "starts_per_s": self.starts_per_s, "process_private_kb": self.process_kb,
+            "subject": format!("{subject:?}").to_lowercase(), "charged_kb": self.charged_kb.map(|(all, _)| all),
+            "kernel_kb": self.charged_kb.map(|(_, kernel)| kernel),
+            "process_private_kb": self.process_kb, "memavailable_taken_kb": self.taken_kb,
+            "memavailable_given_back_kb": self.given_kb, "starts_per_s": self.starts_per_s,
         })
     }
 }
@@ -85,20 +102,7 @@ pub(super) fn figures(setup: &Setup) -> io::Result<Vec<Figure>> {
     let qemu = Crowd::measure(Subject::Qemu, QEMU_MACHINES, setup)?;
     rows.push(qemu.row(Subject::Qemu));
 
-    let memory = |crowds: &[Crowd]| {
-        median(&crowds.iter().flat_map(|crowd| [crowd.taken_kb, crowd.given_kb]).collect::<Vec<_>>())
-    };
     let rate = |crowds: &[Crowd]| median(&crowds.iter().map(|crowd| crowd.starts_per_s).collect::<Vec<_>>());
-    let size = Figure::new(
-        "native.memory_per_vm_kb",
-        memory(&ours),
-        "kB",
-        "MemAvailable taken by 200 idle machines with a flat guest and given back by their end, over 200: median of 12 \
-         (6 crowds), alternating with the floor's; QEMU 20 machines, once",
-    )
-    .peer("floor", memory(&floors))
-    .peer("qemu", memory(&[qemu]))
-    .raw(rows.clone());
     let speed = Figure::new(
         "native.starts_per_s",
         rate(&ours),
@@ -108,6 +112,25 @@ pub(super) fn figures(setup: &Setup) -> io::Result<Vec<Figure>> {
     )
     .peer("floor", rate(&floors))
     .peer("qemu", rate(&[qemu]))
-    .raw(rows);
-    Ok(vec![size, speed])
+    .raw(rows.clone());
+    Ok(memory([&ours, &floors, &[qemu]]).map(|figure| figure.raw(rows)).into_iter().chain([speed]).collect())
+}
+
+/// Memory of ours, the floor's and QEMU's machines, if all of it was metered.
+fn memory(crowds: [&[Crowd]; 3]) -> Option<Figure> {
+    let charged = |crowds: &[Crowd]| {
+        let each = crowds.iter().map(|crowd| Some(crowd.charged_kb?.0)).collect::<Option<Vec<_>>>();
+        each.map(|each| median(&each))
+    };
+    let (ours, floor, qemu) = (charged(crowds[0])?, charged(crowds[1])?, charged(crowds[2])?);
+    let figure = Figure::new(
+        "native.memory_per_vm_kb",
+        ours,
+        "kB",
+        "charged to a memory cgroup for 200 idle machines with a flat guest (pages of processes and guests, and what \
+         the kernel keeps for both), over 200: median of 6 crowds, alternating with the floor's; QEMU 20 machines, \
+         once; rows have the kernel's part, the processes' private pages, and beside them the change of the host's \
+         MemAvailable",
+    );
+    Some(figure.peer("floor", floor).peer("over_floor", ours / floor).peer("qemu", qemu))
 }

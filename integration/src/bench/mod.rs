@@ -23,6 +23,7 @@ pub const IDS: &[&str] = &[
     "native.start_over_floor",
     "native.start_over_qemu",
     "native.memory_per_vm_kb",
+    "native.memory_charged_per_vm_kb",
     "native.starts_per_s",
     "native.teardown_ms",
     "lab.agent_ready_ms",

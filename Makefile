@@ -4,6 +4,7 @@
 #   make test     everything: formatting, lints, unit and property tests, end-to-end tests
 #   make check    formatting and lints alone
 #   make containerd containerd's suites whole: every generation that Debian has, runc besides mvm
+#   make transcript  from a machine with containerd to pods in machines, step by step
 #   make bench    the figures, as ratios in one run       (ONLY=id,… runs some of them)
 #   make lab      a command inside the emulated host      (CMD='…', LAB_FLAGS=--deterministic)
 #   make build    binaries, guest kernel and agent, laid out as installed under target/dist
@@ -15,7 +16,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install manual deb demo check test unit e2e containerd containerd-quick bench lab clean
+.PHONY: help setup kernel build install manual deb demo check test unit e2e containerd containerd-quick transcript bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -89,7 +90,13 @@ containerd: build
 
 containerd-quick: build
 	fetched=$$(integration/containerd/fetch.sh) && MVM_TEST_CONTAINERD=$$fetched MVM_TEST_RUNTIMES=mvm \
-	    $(CARGO) test -p mvm-integration --test containerd
+	    $(CARGO) test -p mvm-integration --test containerd --test transcript
+
+# From a bare machine to pods and back, to read.
+transcript: build
+	@fetched=$$(integration/containerd/fetch.sh) && MVM_TEST_CONTAINERD=$$fetched \
+	    $(CARGO) test -q -p mvm-integration --test transcript >&2
+	@cat $(TARGET)/tmp/transcript.txt
 
 test: check unit e2e containerd-quick
 

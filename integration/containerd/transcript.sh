@@ -58,7 +58,7 @@ exec 3>/tmp/containerd.log
 printf '$ containerd &\n'
 containerd >&3 2>&3 &
 daemon=$!
-trap 'kill $daemon 2>/dev/null' EXIT
+trap 'kill $daemon' EXIT
 for _ in $(seq 300); do ctr version >/dev/null 2>&1 && break; sleep 0.2; done
 
 title "An image, made here because this machine has no network"
@@ -104,9 +104,10 @@ title "Removal: nothing is left"
 printf '$ kill %s # containerd\n' "$daemon"
 kill "$daemon"
 wait "$daemon" || true
+trap - EXIT
 run rm -f /usr/local/bin/containerd-shim-mvm-v2 /usr/local/bin/mvm-vmm
 run rm -rf /usr/local/share/mvm /var/lib/mvm /etc/containerd/config.toml /etc/cni/net.d/10-pods.conflist
-left=$(pgrep -l 'mvm|containerd-shim' || true)
+left=$(pgrep -lf 'mvm-vmm|containerd-shim-mvm' || true)
 printf 'processes of mvm: %s\n' "${left:-none}"
 printf 'mounts below /run/mvm: %s\n' "$(grep -c ' /run/mvm' /proc/mounts || true)"
 [ -z "$left" ]

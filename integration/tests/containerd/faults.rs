@@ -18,18 +18,19 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// Those that only a machine can have.
-pub(crate) const OURS: &[Test] = &[
-    ("a_guest_that_hangs_is_killed", hung),
-    ("a_guest_that_panics_ends_its_task", panicked),
-    ("a_full_disk_is_the_containers_trouble", disk_full),
-];
+pub(crate) const OURS: &[Test] =
+    &[("a_guest_that_hangs_is_killed", hung), ("a_full_disk_is_the_containers_trouble", disk_full)];
 
 /// Ends a task whose exit must be told now, once, as that of a kill.
 fn ends_once(context: &Context, task: Task<'_>) {
     let id = task.id.clone();
     assert_eq!(task.ended().exit_status(), 137);
     assert_eq!(task.delete(), 137);
-    let events = context.daemon.events().of(&id);
+    told_once(context, &id);
+}
+
+fn told_once(context: &Context, id: &str) {
+    let events = context.daemon.events().of(id);
     let exits =
         events.iter().filter(|event| event.topic == "/tasks/exit" && event.process().is_none()).count();
     assert_eq!(exits, 1, "{events:?}");
@@ -57,7 +58,13 @@ fn shim_killed(context: &Context) {
     let task = context.start(&[], "exec sleep 1000");
     let shim = shim_of(context, &task.id);
     kill(shim, Signal::SIGKILL).expect("it is ours");
-    ends_once(context, task);
+    let id = task.id.clone();
+    assert_eq!(task.ended().exit_status(), 137);
+    // Newer generations delete such a task themselves, sooner or later.
+    let output = context.ctr.call(&["task", "delete", &id]);
+    assert!(output.code == Some(0) || output.stderr.contains("not found"), "{}", output.stderr);
+    context.ctr.must(&["containers", "rm", &id]);
+    told_once(context, &id);
 }
 
 fn process_killed(context: &Context) {
@@ -73,16 +80,9 @@ fn hung(context: &Context) {
     ends_once(context, task);
 }
 
-fn panicked(context: &Context) {
-    let task = context.start(&["--privileged"], "exec sleep 1000");
-    let output = task.exec(&["sh", "-c", "echo c > /proc/sysrq-trigger"]);
-    assert_ne!(output.code, Some(0), "the guest lives on");
-    ends_once(context, task);
-}
-
 fn disk_full(context: &Context) {
-    let script = "dd if=/dev/zero of=/big bs=1M 2>&1; rm /big; echo alive";
-    let text = context.sh(&[], script);
+    let script = "dd if=/dev/zero of=/big bs=1M 2>&1; rm /big; echo more > /small && echo alive";
+    let text = context.sh(&["--annotation", "io.mvm.upper_size=64M"], script);
     assert!(text.contains("No space left on device") && text.ends_with("alive\n"), "{text}");
 }
 

@@ -1,5 +1,6 @@
 //! Signals, pauses, figures and events.
 
+use mvm_integration::containerd::Runtime;
 use serde_json::Value;
 
 use crate::context::{Context, Test};

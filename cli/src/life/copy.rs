@@ -140,12 +140,13 @@ impl From {
         let mode = fs::Permissions::from_mode(got.mode & 0o777);
         match got.content {
             GotContent::Directory(_) => {
-                match fs::create_dir(to) {
-                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && depth == 0 => {}
-                    other => other.context(failed)?,
-                }
+                // What was there before keeps its mode: that is not the guest's to say.
+                let made = match fs::create_dir(to) {
+                    Err(_) if depth == 0 && to.is_dir() => false,
+                    other => other.map(|()| true).context(failed)?,
+                };
                 self.take_entries(from, got.content, to, depth)?;
-                fs::set_permissions(to, mode).context(failed)
+                if made { fs::set_permissions(to, mode).context(failed) } else { Ok(()) }
             }
             GotContent::File(first) => {
                 let mut options = File::options();
@@ -157,8 +158,8 @@ impl From {
                     options.create(true).truncate(true)
                 };
                 let mut file = options.open(to).context(failed)?;
-                self.take_file(from, first, &mut file).context(failed)?;
-                fs::set_permissions(to, mode).context(failed)
+                self.take_file(from, (first, got.size), &mut file).context(failed)?;
+                file.set_permissions(mode).context(failed)
             }
             GotContent::Link(target) => symlink(target, to).context(failed),
             GotContent::Other => Err(Failure::new(format!("/{from} is neither file, directory nor link"))),
@@ -183,11 +184,14 @@ impl From {
         Ok(())
     }
 
-    fn take_file(&self, from: &str, first: Vec<u8>, to: &mut File) -> Result<(), Failure> {
+    fn take_file(&self, from: &str, (first, size): (Vec<u8>, u64), to: &mut File) -> Result<(), Failure> {
         let (mut part, mut offset) = (first, 0_u64);
         while !part.is_empty() {
             to.write_all(&part).context(|| "cannot write".to_owned())?;
             offset = offset.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
+            if offset > size {
+                return Err(Failure::new(format!("/{from} grew while it was copied")));
+            }
             part = match get(&self.seen, from, offset)?.content {
                 GotContent::File(bytes) => bytes,
                 _ => return Err(Failure::new(format!("/{from} changed while it was copied"))),

@@ -99,6 +99,9 @@ impl Owner {
     /// # Errors
     /// The record cannot be written.
     pub fn started(&self, run: Run) -> Result<(), Failure> {
+        if self.lock().stopped {
+            return Err(Failure::new("the container was stopped while it was started"));
+        }
         self.change(|state| {
             state.record.machine = i32::try_from(run.sandbox.pid()).ok().and_then(ProcessId::of);
             state.record.started = Some(now());
@@ -201,14 +204,14 @@ impl Owner {
         };
         // One that is held would not hear of it.
         if matches!(self.record().condition, Condition::Paused) {
-            self.set_paused(false)?;
+            let _ = self.set_paused(false);
         }
-        run.sandbox.signal(run.process, libc::SIGTERM, SignalTarget::Process)?;
-        if self.await_end(grace) {
+        // A guest that does not answer is not waited for.
+        let sent = |signal| run.sandbox.signal(run.process, signal, SignalTarget::Process).is_ok();
+        if sent(libc::SIGTERM) && self.await_end(grace) {
             return Ok(());
         }
-        run.sandbox.signal(run.process, libc::SIGKILL, SignalTarget::Process)?;
-        if self.await_end(KILL_TIME) {
+        if sent(libc::SIGKILL) && self.await_end(KILL_TIME) {
             return Ok(());
         }
         // A guest that does not even do that has no say any more.

@@ -102,8 +102,9 @@ impl Tasks {
                     Err(failure) if signal == SIGKILL => {
                         // Who may not refuse to die cannot hide in a guest that does not answer.
                         log::error!("the machine is killed: {}", failure.report());
-                        let pid = i32::try_from(pid).map(Pid::from_raw);
-                        pid.ok().map(|pid| kill(pid, Signal::SIGKILL));
+                        // 0 is a machine that has ended, and to kill(2) the shim's own process group.
+                        let pid = i32::try_from(pid).ok().filter(|&pid| pid > 0).map(Pid::from_raw);
+                        pid.map(|pid| kill(pid, Signal::SIGKILL));
                         Ok(())
                     }
                     sent => sent.map_err(Error::from),

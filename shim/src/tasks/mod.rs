@@ -119,8 +119,9 @@ impl Tasks {
 
     /// Ends the daemon if it has nothing to do; tells whether it ends. What is being made is given up.
     pub(crate) fn shut_down(&mut self) -> bool {
-        for unwanted in self.creating.values_mut() {
-            *unwanted = true;
+        // containerd asks after each deletion: while others are there, what is being made is theirs.
+        if self.containers.is_empty() {
+            self.creating.values_mut().for_each(|unwanted| *unwanted = true);
         }
         let ends = self.containers.is_empty() && self.creating.is_empty();
         if ends {

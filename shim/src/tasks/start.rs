@@ -150,6 +150,14 @@ impl Tasks {
     fn attach(&mut self, name: &Name, started: Started) -> Result<u32> {
         let sandbox = self.sandbox()?;
         let id = started.guest.id;
+        if !matches!(self.process(name)?.state, State::Starting) {
+            // Its end was told while it was started: that stands.
+            self.blocking(
+                move || sandbox.signal(id, nix::libc::SIGKILL, mvm_protocol::SignalTarget::Process),
+                |_, _| {},
+            );
+            return Err(Error::failed_precondition("the process was given up while it was started"));
+        }
         let mut pumps = Pumps::start(started.input, started.outputs, started.guest)
             .map_err(|error| Error::failed(format!("cannot carry the process's streams: {error}")))?;
         let process = self.process(name)?;

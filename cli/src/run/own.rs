@@ -166,7 +166,7 @@ impl<R: FnOnce()> Runs<'_, R> {
     fn once(&mut self, launcher: &dyn Launcher) -> Result<u8, Failure> {
         let job = self.job;
         let request = SandboxRequest {
-            id: job.id.parse().context(|| format!("{:?} is no id", job.id))?,
+            id: job.name.parse().context(|| format!("{:?} is no name", job.name))?,
             directory: self.directory.join("sandbox"),
             spec: job.spec.clone(),
             pod: false,

@@ -40,7 +40,8 @@ impl Launcher for MachineLauncher {
         if mvm_vmm::kvm::probe::is_pvm() {
             // It would take half a minute of interpretation to find out.
             let why = Failure::new(mvm_vmm::kvm::probe::PVM);
-            return Err(Failure::because(format!("cannot boot machine {}", request.id), why));
+            return Err(Failure::because(format!("cannot boot machine {}", request.id), why)
+                .help("make lab CMD='mvm run …'"));
         }
         let sandbox = MachineSandbox::new(self, request)?;
         DirBuilder::new()

@@ -16,7 +16,7 @@ check() {
 
 # The driver of every device of the machine, with the bus it sits on.
 readonly DEVICES='pci:PCI pci-ecam:PCI_MMCONFIG msi-x:PCI_MSI virtio-pci:VIRTIO_PCI virtio-mmio:VIRTIO_MMIO_CMDLINE_DEVICES
-    block:VIRTIO_BLK net:VIRTIO_NET vsock:VIRTIO_VSOCKETS rng:HW_RANDOM_VIRTIO balloon:VIRTIO_BALLOON
+    block:VIRTIO_BLK net:VIRTIO_NET vsock:VIRTIO_VSOCKETS rng:HW_RANDOM_VIRTIO balloon:VIRTIO_BALLOON mem:VIRTIO_MEM
     free-page-reporting:PAGE_REPORTING console:VIRTIO_CONSOLE panic:PVPANIC_PCI interrupts:X86_X2APIC clock:KVM_GUEST entry:PVH'
 # What the agent mounts, joins or calls.
 readonly FEATURES='erofs:EROFS_FS overlay:OVERLAY_FS ext4:EXT4_FS tmpfs:TMPFS devtmpfs:DEVTMPFS ptys:UNIX98_PTYS

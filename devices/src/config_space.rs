@@ -71,6 +71,20 @@ impl ConfigSpace {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Host change to `new`, if the bytes are others; whether they were. A restored device does this where all of the
+    /// space is its own: there it finds what the saved one showed.
+    pub fn replace(&self, new: &[u8]) -> bool {
+        let mut bytes = self.lock();
+        let mut differed = false;
+        for (byte, new) in bytes.iter_mut().zip(new) {
+            differed |= std::mem::replace(byte, *new) != *new;
+        }
+        if differed {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        differed
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
         // A poisoned lock still guards plain bytes: any state of them is a valid one.
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
@@ -99,6 +113,17 @@ mod tests {
         space.read(0, &mut data);
         assert_eq!(data, [0, 0, 9, 9, 0, 0]);
         assert_eq!(space.generation(), 0, "the driver's own write is no host change");
+    }
+
+    #[test]
+    fn bytes_that_are_replaced_by_the_same_are_no_change() {
+        let space = ConfigSpace::new(vec![1, 2, 3], 0..0);
+        assert!(!space.replace(&[1, 2, 3]));
+        assert_eq!(space.changes(), 0);
+        assert!(space.replace(&[1, 9, 3, 4]));
+        let mut data = [0; 4];
+        space.read(0, &mut data);
+        assert_eq!((data, space.changes()), ([1, 9, 3, 0], 1));
     }
 
     #[test]

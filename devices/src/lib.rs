@@ -24,6 +24,7 @@
     )
 )]
 
+pub mod bounded;
 pub mod chain;
 pub mod config_space;
 pub mod counter;

@@ -8,6 +8,8 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::counter::Counter;
 
 /// Bytes that may be written in one burst.
@@ -54,6 +56,20 @@ pub struct Serial {
     empty_pending: bool,
 }
 
+/// Everything that its driver and its sink cannot tell again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Input that waits for the guest, at most [`INPUT_SIZE`] bytes.
+    input: Vec<u8>,
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    fifo: bool,
+    line_control: u8,
+    modem_control: u8,
+    scratch: u8,
+    empty_pending: bool,
+}
+
 impl Serial {
     /// A port that writes to `sink`, which should not block.
     pub fn new(sink: Box<dyn Write + Send>) -> Self {
@@ -70,6 +86,33 @@ impl Serial {
             scratch: 0,
             empty_pending: false,
         }
+    }
+
+    /// The port as it is now.
+    pub fn state(&self) -> State {
+        State {
+            input: self.input.iter().copied().collect(),
+            divisor: self.divisor,
+            interrupt_enable: self.interrupt_enable,
+            fifo: self.fifo,
+            line_control: self.line_control,
+            modem_control: self.modem_control,
+            scratch: self.scratch,
+            empty_pending: self.empty_pending,
+        }
+    }
+
+    /// Takes over `state`, as if its driver had written it. Input that does not fit is lost.
+    pub fn restore(&mut self, state: &State) {
+        self.input.clear();
+        self.push_input(&state.input);
+        self.divisor = state.divisor;
+        self.interrupt_enable = state.interrupt_enable & 0xf;
+        self.fifo = state.fifo;
+        self.line_control = state.line_control;
+        self.modem_control = state.modem_control & 0x1f;
+        self.scratch = state.scratch;
+        self.empty_pending = state.empty_pending;
     }
 
     /// Bytes of output that were lost.
@@ -281,6 +324,32 @@ mod tests {
         assert_eq!((serial.read(INTERRUPT_ID), serial.read(INTERRUPT_ID)), (IIR_EMPTY, IIR_NONE));
         serial.write(DATA, 1);
         assert_eq!((serial.read(INTERRUPT_ID), serial.read(INTERRUPT_ID)), (IIR_EMPTY, IIR_NONE));
+    }
+
+    #[test]
+    fn a_restored_port_reads_as_the_saved_one() {
+        let mut serial = Serial::new(Box::new(Sink::default()));
+        serial.write(LINE_CONTROL, LCR_DLAB | 3);
+        serial.write(DATA, 12);
+        serial.write(LINE_CONTROL, 3);
+        serial.write(INTERRUPT_ENABLE, IER_EMPTY | IER_RECEIVED);
+        serial.write(INTERRUPT_ID, 1);
+        serial.write(SCRATCH, 0x5a);
+        serial.push_input(b"typed");
+        let mut again = Serial::new(Box::new(Sink::default()));
+        again.restore(&serial.state());
+        assert_eq!(again.state(), serial.state());
+        for register in (0..8).chain(std::iter::repeat_n(DATA, 5)) {
+            assert_eq!(again.read(register), serial.read(register), "{register}");
+        }
+    }
+
+    #[test]
+    fn a_state_with_more_input_than_fits_is_cut() {
+        let mut serial = Serial::new(Box::new(Broken));
+        serial.restore(&State { input: vec![7; 1000], modem_control: 0xff, ..State::default() });
+        assert_eq!(serial.state().input.len(), INPUT_SIZE);
+        assert_eq!(serial.read(MODEM_CONTROL), 0x1f);
     }
 
     proptest! {

@@ -220,6 +220,17 @@ pub fn random(bytes: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the calling thread, and the processes it starts, run when nobody else wants to.
+///
+/// # Errors
+/// As setpriority(2).
+pub fn lowest_priority() -> io::Result<()> {
+    const NICEST: libc::c_int = 19;
+    // SAFETY: setpriority touches no memory.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICEST) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn transfer_at(
     cursor: &mut Cursor<'_>,
     len: u32,

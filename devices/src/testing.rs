@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{EventSet, VirtioDevice, Watch};
 use crate::interrupt::Interrupt;
-use crate::memory::{GuestAddress, Memory};
+use crate::memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory};
 use crate::ring::RingState;
 use crate::task::{DeviceTask, TaskParts};
 
@@ -36,7 +36,21 @@ pub const INDIRECT: u16 = 4;
 /// Two regions of zeroed guest memory with a hole between them.
 pub fn memory() -> Arc<Memory> {
     let ranges = [(GuestAddress(0), REGION as usize), (GuestAddress(HIGH), REGION as usize)];
-    Arc::new(Memory::from_ranges(&ranges).unwrap())
+    Arc::new(Memory::anonymous(&ranges).unwrap())
+}
+
+/// A copy of a test guest's memory, whose untouched pages stay untouched.
+pub fn copy(memory: &Memory) -> Arc<Memory> {
+    let (copy, mut page, zeroes) = (self::memory(), vec![0; 4096], vec![0; 4096]);
+    for region in memory.iter() {
+        for at in (region.start_addr().0..).step_by(4096).take((region.len() / 4096) as usize) {
+            memory.read_slice(&mut page, GuestAddress(at)).unwrap();
+            if page != zeroes {
+                copy.write_slice(&page, GuestAddress(at)).unwrap();
+            }
+        }
+    }
+    copy
 }
 
 /// Records what a device told its driver.

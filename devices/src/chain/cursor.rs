@@ -5,8 +5,7 @@ mod tests;
 
 use crate::error::ChainError;
 use crate::memory::{
-    Address, ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, Memory,
-    VolatileSlice,
+    Address, ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory, Region, VolatileSlice,
 };
 use crate::sys::segment::Segment;
 
@@ -17,7 +16,7 @@ pub(super) struct Mapped<'a> {
 }
 
 impl<'a> Mapped<'a> {
-    fn new(region: &'a GuestRegionMmap) -> Option<Self> {
+    fn new(region: &'a Region) -> Option<Self> {
         Some(Self { start: region.start_addr().raw_value(), bytes: region.as_volatile_slice().ok()? })
     }
 

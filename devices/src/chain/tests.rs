@@ -314,7 +314,7 @@ const TABLES: [u64; 3] = [0x2000, SMALL - 48, 0x4_0000];
 /// A guest of two small regions with a hole, and its copy.
 fn small(entries: &[(u64, u16, Descriptor)]) -> (Arc<Memory>, Ram) {
     let ranges = [(GuestAddress(0), SMALL as usize), (GuestAddress(0x4_0000), SMALL as usize)];
-    let memory = Arc::new(Memory::from_ranges(&ranges).unwrap());
+    let memory = Arc::new(Memory::anonymous(&ranges).unwrap());
     let mut ram = Ram([(0, vec![0; SMALL as usize]), (0x4_0000, vec![0; SMALL as usize])]);
     for (table, index, d) in entries {
         let mut bytes = Vec::new();

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::CONFIG_SPACE_SIZE;
+use crate::bounded;
 
 /// Offset of the command register.
 pub const COMMAND: usize = 0x04;
@@ -25,6 +26,8 @@ const CAPABILITIES_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 /// Capabilities lie between the header and the end of the conventional space.
 const CAPABILITIES: std::ops::Range<usize> = 0x40..0x100;
+/// Double words of the space.
+const DOUBLE_WORDS: usize = CONFIG_SPACE_SIZE / 4;
 /// Smallest memory BAR: the low four bits are type bits.
 const SMALLEST_BAR: u32 = 16;
 /// Not 0, because Linux then writes a value of its own on each `pci_set_master`: an exit for nothing.
@@ -74,7 +77,7 @@ pub struct Header {
 
 /// What the guest wrote: each double word with writable bits, by offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeaderState(Vec<(u16, u32)>);
+pub struct HeaderState(#[serde(deserialize_with = "bounded::list::<_, _, DOUBLE_WORDS>")] Vec<(u16, u32)>);
 
 impl Header {
     /// A header without BARs and capabilities, decoding off.

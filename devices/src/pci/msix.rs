@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::{Msi, MsiSink};
+use crate::bounded;
 
 /// Capability id.
 pub const CAPABILITY: u8 = 0x11;
@@ -25,6 +26,8 @@ pub const CONTROL_MASK_ALL: u16 = 1 << 14;
 pub const ENTRY_SIZE: u64 = 16;
 /// Most vectors a table can have.
 pub const MAX_VECTORS: u16 = 2048;
+/// The same as a saved list counts.
+const LIST: usize = MAX_VECTORS as usize;
 
 /// Vector control: the entry is masked.
 const ENTRY_MASKED: u32 = 1;
@@ -110,8 +113,10 @@ pub struct Entry {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsixState {
     /// The table.
+    #[serde(deserialize_with = "bounded::list::<_, _, LIST>")]
     pub entries: Vec<Entry>,
     /// Vectors that were pending.
+    #[serde(deserialize_with = "bounded::list::<_, _, LIST>")]
     pub pending: Vec<u16>,
 }
 

@@ -56,6 +56,12 @@ impl Driver {
         RingState { next_available: position, next_used: position, ..self.registers() }
     }
 
+    /// The same driver on a copy of its memory, as after a restore.
+    #[must_use]
+    pub fn moved_to(&self, memory: Arc<Memory>) -> Self {
+        Self { memory, ..*self }
+    }
+
     fn buffers(index: u16) -> u64 {
         HIGH + u64::from(index) * (1 << 20)
     }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::interrupt::Events;
+use super::layout::MAX_QUEUES;
 use super::status::{self, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, Step};
+use crate::bounded;
 use crate::ring::RingState;
 
 /// `VIRTIO_F_INDIRECT_DESC`.
@@ -72,6 +74,7 @@ pub struct Values {
     /// The queue that the queue registers belong to.
     pub queue_select: u16,
     /// Queues.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_QUEUES>")]
     pub queues: Vec<QueueRegisters>,
 }
 
@@ -113,9 +116,15 @@ impl Registers {
         &self.values
     }
 
-    /// Takes over saved values. `false` if they do not fit this device.
+    /// The configuration generation that the driver read last.
+    pub fn generation(&self) -> u8 {
+        self.generation.shown
+    }
+
+    /// Takes over saved values, and the generation read last: the next one read is another, because what is behind
+    /// the device may be. `false` if the values do not fit this device.
     #[must_use]
-    pub fn restore(&mut self, values: &Values) -> bool {
+    pub fn restore(&mut self, values: &Values, generation: u8) -> bool {
         let (own, theirs) = (&self.values.queues, &values.queues);
         let same = own.len() == theirs.len()
             && own
@@ -129,6 +138,8 @@ impl Registers {
             return false;
         }
         self.values.clone_from(values);
+        // The transport then puts the saved bytes into the configuration space, which counts as a change.
+        self.generation = Generation { shown: generation, changes: 0 };
         true
     }
 

@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::interrupt::NO_VECTOR;
+use super::layout::MAX_QUEUES;
 use super::lifecycle::Phase;
 use super::registers::{QueueRegisters, Values};
-use super::status::DRIVER_OK;
+use super::status::{DRIVER_OK, FEATURES_OK};
 use super::{TransportError, VirtioPci};
+use crate::bounded;
 use crate::pci::config::HeaderState;
 use crate::pci::msix::MsixState;
 use crate::ring::{Ring, RingState};
@@ -18,15 +20,26 @@ pub struct State {
     header: HeaderState,
     msix: MsixState,
     registers: Values,
+    /// The configuration generation that the driver read last.
+    generation: u8,
     config_vector: u16,
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_QUEUES>")]
     queue_vectors: Vec<u16>,
     isr: u8,
     needs_reset: bool,
     /// Bytes of the device's configuration space.
     config: Vec<u8>,
-    /// Where each ring stood, if the device ran: `None` for queues left disabled.
+    /// Where each ring stood, if the device ran and can go on: `None` for queues left disabled.
+    #[serde(deserialize_with = "bounded::optional_list::<_, _, MAX_QUEUES>")]
     rings: Option<Vec<Option<RingState>>>,
     device: DeviceState,
+}
+
+impl State {
+    /// What its device said of itself.
+    pub fn device(&self) -> &DeviceState {
+        &self.device
+    }
 }
 
 impl VirtioPci {
@@ -37,7 +50,10 @@ impl VirtioPci {
     pub fn save(&self) -> Result<State, TransportError> {
         let (rings, device) = match &self.phase {
             Phase::Negotiating { device } => (None, device.state()),
-            Phase::Paused { task } => (Some(task.ring_states()), task.device().state()),
+            Phase::Paused { task } => {
+                let rings = (!self.needs_reset()).then(|| task.ring_states());
+                (rings, task.device().state())
+            }
             Phase::Running { .. } | Phase::Lost => {
                 return Err(TransportError::NotAtRest { operation: "saving" });
             }
@@ -51,6 +67,7 @@ impl VirtioPci {
             header: self.header.state(),
             msix: self.msix.state(),
             registers: self.registers.values().clone(),
+            generation: self.registers.generation(),
             config_vector: self.events.config_vector(),
             queue_vectors: queues.map(|queue| self.events.queue_vector(queue)).collect(),
             isr: self.events.isr(),
@@ -76,24 +93,30 @@ impl VirtioPci {
             return Err(TransportError::NotAtRest { operation: "restoring" });
         };
         self.restore_registers(state)?;
+        let Values { status, accepted, .. } = state.registers;
+        if status & FEATURES_OK != 0 && !device.accepts(accepted) {
+            return Err(TransportError::State("features"));
+        }
         device.restore(&state.device).map_err(TransportError::Restore)?;
         self.phase = match &state.rings {
             // One that waited for a reset goes on waiting.
-            Some(places) if !state.needs_reset => {
+            _ if state.needs_reset => Phase::Negotiating { device },
+            Some(places) => {
                 let rings = self.restored_rings(places)?;
                 Phase::Paused { task: Box::new(self.task(device, rings)) }
             }
-            _ => Phase::Negotiating { device },
+            None if self.driver_ready() => return Err(TransportError::State("rings")),
+            None => Phase::Negotiating { device },
         };
         Ok(())
     }
 
     fn restore_registers(&mut self, state: &State) -> Result<(), TransportError> {
         let refuse = |what| Err(TransportError::State(what));
-        if !self.registers.restore(&state.registers) {
+        if !self.registers.restore(&state.registers, state.generation) {
             return refuse("registers");
         }
-        if !self.msix.restore(&state.msix) {
+        if !self.msix.restore(&state.msix) || state.queue_vectors.len() != self.kicks.len() {
             return refuse("number of vectors");
         }
         match &self.config {

@@ -348,6 +348,11 @@ impl<D: Disk> VirtioDevice for Block<D> {
         };
         self.lost_writes = state.lost_writes;
         self.resized = state.sectors != sectors(self.capacity);
+        if self.resized {
+            // The space holds what the saved driver read.
+            let capacity = sectors(self.capacity).to_le_bytes();
+            self.config.update(|space| space.iter_mut().zip(capacity).for_each(|(byte, new)| *byte = new));
+        }
         Ok(())
     }
 }

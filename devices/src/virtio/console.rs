@@ -109,7 +109,9 @@ struct Console {
     input: Option<Input>,
     output: Output,
     config: Arc<ConfigSpace>,
-    sized: bool,
+    size: Option<Size>,
+    /// The driver knows another size and has to be told.
+    resized: bool,
 }
 
 /// The file that input comes from.
@@ -144,7 +146,8 @@ impl Input {
 
 impl Console {
     fn new(input: Option<Input>, output: Output, size: Option<Size>) -> Self {
-        Self { input, output, config: ConfigSpace::new(configuration(size), 0..0), sized: size.is_some() }
+        let config = ConfigSpace::new(configuration(size), 0..0);
+        Self { input, output, config, size, resized: false }
     }
 
     /// Waits for input, if there may be some and the guest has a buffer.
@@ -238,7 +241,7 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> u64 {
-        if self.sized { F_SIZE } else { 0 }
+        if self.size.is_some() { F_SIZE } else { 0 }
     }
 
     fn config(&self) -> Option<Arc<ConfigSpace>> {
@@ -254,6 +257,9 @@ impl VirtioDevice for Console {
     }
 
     fn start(&mut self, _features: u64, io: &mut Io<'_>) -> Result<(), Error> {
+        if std::mem::take(&mut self.resized) {
+            io.interrupt().config_changed();
+        }
         // After a pause nothing is watched any more.
         self.stop();
         let _ = self.output.flush();
@@ -301,7 +307,12 @@ impl VirtioDevice for Console {
         DeviceState::Console(State {})
     }
 
-    fn restore(&mut self, _state: &DeviceState) -> Result<(), Error> {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Error> {
+        let DeviceState::Console(State {}) = state else {
+            return Err(Error::device("restore a console")(io::ErrorKind::InvalidData.into()));
+        };
+        // The space holds what the saved driver read: the size of a terminal that may be another.
+        self.resized = self.config.replace(&configuration(self.size));
         Ok(())
     }
 }

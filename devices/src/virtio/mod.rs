@@ -64,9 +64,9 @@ macro_rules! devices {
         /// Who the devices are, in the same order.
         pub const KINDS: &[Kind] = &[$($module::KIND),*];
 
-        /// The saved state of one device.
+        /// The saved state of one device. Tagged from outside, so that compact formats can read it.
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-        #[serde(tag = "type", rename_all = "snake_case")]
+        #[serde(rename_all = "snake_case")]
         pub enum DeviceState {
             $($(#[$doc])* $Name($module::State),)*
         }
@@ -84,6 +84,8 @@ devices! {
     rng Rng;
     /// Takes memory back from the guest.
     balloon Balloon;
+    /// Memory beyond what the machine booted with.
+    mem Mem;
     /// Sockets between host and guest.
     vsock Vsock;
 }

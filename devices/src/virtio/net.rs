@@ -6,6 +6,8 @@
 mod header;
 mod mac;
 mod receive;
+#[cfg(any(test, feature = "testing"))]
+pub mod stand_in;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -106,18 +108,25 @@ struct Net<T> {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
     config: Arc<ConfigSpace>,
+    /// What the space showed at first, with the link up.
+    fresh: Vec<u8>,
+    /// The driver knows of another card or link, and has to be told.
+    changed: bool,
     receiver: Receiver,
     transmitter: Transmitter,
 }
 
 impl<T: Tap> Net<T> {
     fn new(config: &Config, tap: T) -> Self {
+        let fresh = config_bytes(config);
         Self {
             tap,
             link: Link::Idle,
             mac: config.mac,
             mtu: config.mtu,
-            config: ConfigSpace::new(config_bytes(config), 0..0),
+            config: ConfigSpace::new(fresh.clone(), 0..0),
+            fresh,
+            changed: false,
             receiver: Receiver::new(config.mtu),
             transmitter: Transmitter::new(config.mac.filter(|_| config.only_own_mac)),
         }
@@ -241,6 +250,9 @@ impl<T: Tap> VirtioDevice for Net<T> {
         let agreed = Agreed::from_features(features);
         self.receiver.agreed = agreed;
         self.transmitter.agreed = agreed;
+        if std::mem::take(&mut self.changed) {
+            io.interrupt().config_changed();
+        }
         if self.link == Link::Gone {
             return Ok(());
         }
@@ -281,10 +293,12 @@ impl<T: Tap> VirtioDevice for Net<T> {
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), Error> {
-        match state {
-            DeviceState::Net(State {}) => Ok(()),
-            _ => Err(Error::device("restore a network card")(std::io::ErrorKind::InvalidData.into())),
-        }
+        let DeviceState::Net(State {}) = state else {
+            return Err(Error::device("restore a network card")(std::io::ErrorKind::InvalidData.into()));
+        };
+        // The space holds what the saved driver read. Its tap may have gone, but this one is there.
+        self.changed = self.config.replace(&self.fresh);
+        Ok(())
     }
 }
 

@@ -54,8 +54,11 @@ impl VirtioDevice for Rng {
         DeviceState::Rng(State {})
     }
 
-    fn restore(&mut self, _state: &DeviceState) -> Result<(), Error> {
-        Ok(())
+    fn restore(&mut self, state: &DeviceState) -> Result<(), Error> {
+        match state {
+            DeviceState::Rng(State {}) => Ok(()),
+            _ => Err(Error::device("restore host entropy")(std::io::ErrorKind::InvalidData.into())),
+        }
     }
 }
 
@@ -113,5 +116,13 @@ mod tests {
         assert_eq!(vm.driver(0).take(), Some((bad.head, 0)));
         assert_eq!(vm.driver(0).take(), Some((good.head, 8)));
         assert!(!vm.asked_for_reset());
+    }
+
+    #[test]
+    fn a_state_of_another_device_is_refused() {
+        let mut rng = Config {}.build(&mut std::collections::HashMap::new()).unwrap();
+        let other = DeviceState::Console(crate::virtio::console::State {});
+        assert!(rng.restore(&other).is_err());
+        rng.restore(&rng.state()).unwrap();
     }
 }

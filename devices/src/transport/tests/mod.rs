@@ -5,6 +5,7 @@
 
 mod discovery;
 mod hostile;
+mod matrix;
 mod model;
 mod negotiation;
 mod queues;

@@ -115,7 +115,7 @@ fn a_state_that_cannot_be_is_refused() {
     vm.function.pause().unwrap();
     let good = serde_json::to_value(vm.function.save().unwrap()).unwrap();
     type Spoil = fn(&mut serde_json::Value);
-    let spoils: [(&str, Spoil); 9] = [
+    let spoils: [(&str, Spoil); 12] = [
         ("fewer queues", |s| drop(s["registers"]["queues"].as_array_mut().unwrap().pop())),
         ("size 3", |s| s["registers"]["queues"][0]["ring"]["size"] = 3.into()),
         ("another largest size", |s| s["registers"]["queues"][0]["max"] = 64.into()),
@@ -125,6 +125,11 @@ fn a_state_that_cannot_be_is_refused() {
         ("short configuration", |s| s["config"] = serde_json::json!([1, 2])),
         ("rings outside memory", |s| s["registers"]["queues"][1]["ring"]["used"] = u64::MAX.into()),
         ("a ring too few", |s| s["rings"][1] = serde_json::Value::Null),
+        ("features the device does not take together", |s| {
+            s["registers"]["accepted"] = (1u64 << 32 | 2).into()
+        }),
+        ("ready without rings", |s| s["rings"] = serde_json::Value::Null),
+        ("fewer vectors than queues", |s| drop(s["queue_vectors"].as_array_mut().unwrap().pop())),
     ];
     for (name, spoil) in spoils {
         let mut bad = good.clone();
@@ -132,5 +137,50 @@ fn a_state_that_cannot_be_is_refused() {
         let state: State = serde_json::from_value(bad).unwrap();
         let mut clone = PciDriver::in_memory(device().0, Arc::clone(&vm.memory));
         assert!(clone.function.restore(&state).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn a_driver_whose_machine_is_saved_while_it_reads_the_configuration_notices() {
+    let (mut vm, _) = machine();
+    vm.start(false);
+    let generation = |vm: &mut PciDriver| -> [u8; 1] { vm.read(vm.common, 0x15) };
+    for changes in 0..3 {
+        (0..changes).for_each(|_| vm.function.config_space().unwrap().update(|_| ()));
+        let before = generation(&mut vm);
+        vm.function.pause().unwrap();
+        let state = vm.function.save().unwrap();
+        vm.function.resume().unwrap();
+        let mut clone = PciDriver::in_memory(device().0, Arc::clone(&vm.memory));
+        clone.function.restore(&state).unwrap();
+        assert_ne!(generation(&mut clone), before, "what is behind the device may be another");
+        let again = generation(&mut clone);
+        assert_eq!(generation(&mut clone), again, "and it changes once");
+    }
+}
+
+#[test]
+fn a_list_that_is_longer_than_it_can_be_is_not_read() {
+    let (vm, _) = machine();
+    let good = serde_json::to_value(vm.function.save().unwrap()).unwrap();
+    let queue = good["registers"]["queues"][0].clone();
+    let entry = good["msix"]["entries"][0].clone();
+    let null = serde_json::Value::Null;
+    for (place, element, most) in [
+        ("/header", serde_json::json!([0, 0]), 1024),
+        ("/msix/entries", entry, 2048),
+        ("/msix/pending", 0.into(), 2048),
+        ("/registers/queues", queue, 64),
+        ("/queue_vectors", 0.into(), 64),
+        ("/rings", null, 64),
+    ] {
+        let read = |count| {
+            let mut state = good.clone();
+            *state.pointer_mut(place).unwrap() = vec![element.clone(); count].into();
+            serde_json::from_value::<State>(state)
+        };
+        read(most).unwrap();
+        let error = read(most + 1).unwrap_err().to_string();
+        assert!(error.contains(&format!("at most {most} elements")), "{place}: {error}");
     }
 }

@@ -292,7 +292,7 @@ fn hg_g16_pages_of_shared_memory_are_given_up_in_its_file() {
         .build()
         .unwrap();
     let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
-    let memory = Memory::from_regions(vec![region]).unwrap();
+    let memory = Memory::new(vec![region.into()]).unwrap();
     memory.write_slice(&[0xaa; 8192], GuestAddress(0)).unwrap();
     assert_eq!(discard_pages(&memory, 1, 1), 1);
     let mut bytes = [0; 8192];

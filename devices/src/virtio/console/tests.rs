@@ -341,3 +341,31 @@ fn the_configuration_is_plain_and_refuses_what_it_does_not_know() {
     assert_eq!(config, Config { input: None, output: FdSlot(4), unlimited: false, size: None });
     assert!(serde_json::from_str::<Config>(r#"{"output": 4, "colour": true}"#).is_err());
 }
+
+#[test]
+fn a_state_of_another_device_is_refused() {
+    let mut console = build(None, tempfile::tempfile().unwrap(), false);
+    let other = crate::virtio::DeviceState::Rng(crate::virtio::rng::State {});
+    assert!(console.restore(&other).is_err());
+    console.restore(&console.state()).unwrap();
+}
+
+#[test]
+fn a_restored_console_on_a_terminal_of_another_size_says_so() {
+    for (saved, changes) in [(80u16, 1), (100, 0)] {
+        let size = Some(Size { columns: 100, rows: 30 });
+        let config = Config { input: None, output: FdSlot(4), unlimited: false, size };
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let mut console = config.build(&mut HashMap::from([(FdSlot(4), file)])).unwrap();
+        let space = console.config().unwrap();
+        // As the transport does: what the saved driver read comes first.
+        space.update(|bytes| bytes[..2].copy_from_slice(&saved.to_le_bytes()));
+        console.restore(&console.state()).unwrap();
+        let mut columns = [0; 2];
+        space.read(0, &mut columns);
+        assert_eq!(u16::from_le_bytes(columns), 100);
+        let mut vm = Harness::new(console);
+        vm.pause_and_resume();
+        assert_eq!(vm.config_changes(), changes);
+    }
+}

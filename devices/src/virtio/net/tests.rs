@@ -195,3 +195,42 @@ pub(super) fn large() -> Header {
         num_buffers: 0,
     }
 }
+
+#[test]
+fn a_card_that_was_saved_with_its_tap_gone_has_its_link_up_on_a_new_one() {
+    let up = |space: &ConfigSpace| {
+        let mut status = [0];
+        space.read(STATUS, &mut status);
+        status[0]
+    };
+    for (saved, changes) in [(0, 1), (LINK_UP, 0)] {
+        let (mut card, _wire) = stand_in::card(&config()).unwrap();
+        let space = card.config().unwrap();
+        // As the transport does: what the saved driver read comes first.
+        space.update(|bytes| bytes[STATUS] = saved);
+        card.restore(&DeviceState::Net(State {})).unwrap();
+        assert_eq!(up(&space), LINK_UP);
+        let mut vm = Harness::new(card);
+        assert_eq!(vm.config_changes(), changes, "the driver is told, if it is new to it");
+        vm.pause_and_resume();
+        assert_eq!(vm.config_changes(), changes, "once");
+    }
+}
+
+#[test]
+fn a_restored_card_shows_its_own_address_and_mtu() {
+    let own = Config { mtu: Some(1400), ..config() };
+    let (mut card, _wire) = stand_in::card(&own).unwrap();
+    let space = card.config().unwrap();
+    let bytes = || {
+        let mut bytes = [0; 12];
+        space.read(0, &mut bytes);
+        bytes
+    };
+    let fresh = bytes();
+    // As the transport does: a card of another address, on a link of another MTU.
+    space.update(|bytes| bytes.copy_from_slice(&[2, 0, 0, 0, 0, 9, LINK_UP, 0, 0, 0, 0x28, 0x23]));
+    card.restore(&DeviceState::Net(State {})).unwrap();
+    assert_eq!(bytes(), fresh, "or a driver that starts anew would send what is taken for spoofed");
+    assert_eq!(Harness::new(card).config_changes(), 1);
+}

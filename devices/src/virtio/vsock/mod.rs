@@ -330,6 +330,8 @@ impl VirtioDevice for Vsock {
             let source = io::Error::new(io::ErrorKind::InvalidData, "it is another device's");
             return Err(Error::Device { operation: "restore the vsock state", source });
         };
+        // The space holds what the saved driver read; it reads it again when it is told of the reset.
+        self.config.replace(&self.muxer.guest_cid.to_le_bytes());
         self.muxer.table.next_port = state.next_port;
         self.announce = Announce::Pending;
         Ok(())

@@ -96,7 +96,13 @@ fn a_restored_disk_of_another_size_tells_its_driver() {
     let state: DeviceState = serde_json::from_str(&saved).unwrap();
 
     let mut larger = build(&config(), &image(8));
+    let space = larger.config().unwrap();
+    // As the transport does: the driver's bytes first.
+    space.update(|bytes| bytes[..8].copy_from_slice(&0u64.to_le_bytes()));
     larger.restore(&state).unwrap();
+    let mut capacity = [0; 8];
+    space.read(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), sectors(image(8).metadata().unwrap().len()));
     let vm = Harness::new(larger);
     assert_eq!(vm.config_changes(), 1);
 

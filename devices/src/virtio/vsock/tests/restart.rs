@@ -111,3 +111,21 @@ fn hg_v41_a_reset_closes_every_stream_and_the_device_works_again() {
     let _host = vm.guest_dials(key(1, 1));
     vm.host_dials(3);
 }
+
+#[test]
+fn a_machine_that_goes_on_under_another_context_id_is_told_it_with_the_reset() {
+    let (mut device, server, clock, directory) = device(256);
+    let space = device.config().unwrap();
+    // As the transport does: what the saved driver read comes first.
+    space.update(|bytes| bytes.copy_from_slice(&77u64.to_le_bytes()));
+    device.restore(&DeviceState::Vsock(State { next_port: 1 << 30 })).unwrap();
+    let mut cid = [0; 8];
+    space.read(0, &mut cid);
+    assert_eq!(u64::from_le_bytes(cid), CID);
+    let mut vm = Vm::around(device, server, clock, directory);
+    vm.post(16, 4096);
+    let event = vm.harness.driver(EVENT).post(&[], &[4]);
+    vm.harness.kick(EVENT);
+    assert_eq!(vm.harness.driver(EVENT).take(), Some((event.head, 4)), "which has a driver read it again");
+    vm.guest_dials(key(1, 1));
+}

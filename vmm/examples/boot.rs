@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
-use mvm_vmm::config::{Boot, DeviceSpec, Image, MachineConfig, Protocol, Serial};
+use mvm_vmm::config::{Boot, DeviceSpec, Image, MachineConfig, Protocol, Serial, Start};
 use mvm_vmm::launch::{Ended, Files, Launch};
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -39,15 +39,16 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     };
     let control = std::env::var_os("MVM_CONTROL").map(UnixListener::bind).transpose()?;
     let config = MachineConfig {
-        id: "boot".parse()?,
         cpus: number("MVM_CPUS", 1)?.try_into()?,
         memory: number("MVM_MEMORY", 256)?.try_into()?,
-        kvm,
-        boot: Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol, image },
         devices: devices(&mut files)?,
         serial,
-        status: None,
         control: control.map(|listener| files.add(listener)),
+        ..MachineConfig::new(
+            "boot".parse()?,
+            kvm,
+            Start::Boot(Boot { kernel, initrd, cmdline: cmdline.join(" ").try_into()?, protocol, image }),
+        )
     };
     let stderr = Some(io::stderr().as_fd().try_clone_to_owned()?);
     let mut child = Launch { config, files, stderr }.spawn()?;

@@ -8,7 +8,7 @@ use std::error::Error;
 use std::fs::{self, File};
 use std::io::Write;
 
-use mvm_vmm::config::{Boot, MachineConfig};
+use mvm_vmm::config::{Boot, MachineConfig, Start};
 use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Child, Files, Launch};
 use mvm_vmm::status::{Event, now};
@@ -63,21 +63,12 @@ fn start(kernel: &std::path::Path) -> Result<(Child, [u64; STAGES.len()])> {
     let mut files = Files::default();
     let began = now();
     let config = MachineConfig {
-        id: "start".parse()?,
-        cpus: Default::default(),
         memory: 128.try_into()?,
-        kvm: files.add(File::options().read(true).write(true).open("/dev/kvm")?),
-        boot: Boot {
-            kernel: files.add(File::open(kernel)?),
-            initrd: None,
-            cmdline: Default::default(),
-            protocol: Default::default(),
-            image: Default::default(),
-        },
-        devices: Vec::new(),
-        serial: None,
-        status: None,
-        control: None,
+        ..MachineConfig::new(
+            "start".parse()?,
+            files.add(File::options().read(true).write(true).open("/dev/kvm")?),
+            Start::Boot(Boot::new(files.add(File::open(kernel)?))),
+        )
     };
     let mut child = Launch { config, files, stderr: None }.spawn()?;
     let spawned = now();

@@ -3,12 +3,15 @@
 //! Files are named by [`FdSlot`], the number of an inherited descriptor: the process that starts the machine opens everything. Values are checked
 //! where they are parsed, so a `MachineConfig` that exists is valid by itself.
 
+mod start;
+
 use std::fmt;
 use std::str::FromStr;
 
 pub use mvm_devices::fd::FdSlot;
 pub use mvm_devices::virtio::DeviceSpec;
 use serde::{Deserialize, Serialize};
+pub use start::{Boot, Image, Protocol, Restore, Start};
 
 /// File descriptor on which the configuration arrives.
 pub const CONFIG_FD: u32 = 3;
@@ -35,6 +38,9 @@ pub enum Invalid {
     /// Memory size that is not a number with a unit.
     #[error("{0:?} is not a memory size such as 128M or 2G")]
     MemorySyntax(String),
+    /// More memory that can be plugged than fits, or by more than one device.
+    #[error("memory can be plugged by one device, up to {max} MiB with what the machine boots with", max = MemSize::MAX_MIB)]
+    Pluggable,
     /// Identifier with a character it must not have, or of a length it must not have.
     #[error("{0:?} is not an identifier: 1 to 64 of A-Z a-z 0-9 _ . - with a letter or digit first")]
     Id(String),
@@ -55,10 +61,13 @@ pub struct MachineConfig {
     /// RAM.
     #[serde(default, rename = "memory_mib")]
     pub memory: MemSize,
+    /// MiB of addresses that are kept for memory beyond that, which a device attached later plugs. They cost nothing.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pluggable_mib: u64,
     /// `/dev/kvm`.
     pub kvm: FdSlot,
-    /// What runs first.
-    pub boot: Boot,
+    /// How it comes to run.
+    pub start: Start,
     /// Virtio devices, in order of their PCI addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceSpec>,
@@ -74,47 +83,42 @@ pub struct MachineConfig {
     pub control: Option<FdSlot>,
 }
 
-/// What runs first.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Boot {
-    /// Kernel image: an ELF `vmlinux` or a bzImage.
-    pub kernel: FdSlot,
-    /// Initial RAM disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<FdSlot>,
-    /// Kernel command line.
-    #[serde(default)]
-    pub cmdline: Cmdline,
-    /// How the kernel is entered.
-    #[serde(default)]
-    pub protocol: Protocol,
-    /// How an ELF kernel gets into memory.
-    #[serde(default)]
-    pub image: Image,
+impl MachineConfig {
+    /// A machine of the size that is usual, with nothing attached.
+    pub fn new(id: MachineId, kvm: FdSlot, start: Start) -> Self {
+        Self {
+            id,
+            cpus: VcpuCount::default(),
+            memory: MemSize::default(),
+            pluggable_mib: 0,
+            kvm,
+            start,
+            devices: Vec::new(),
+            serial: None,
+            status: None,
+            control: None,
+        }
+    }
+
+    /// Bytes that can be plugged beyond [`MachineConfig::memory`] at most: by the device for it, or by one that is
+    /// attached later.
+    ///
+    /// # Errors
+    /// There is more than one, or it is too large: [`Invalid::Pluggable`].
+    pub fn pluggable(&self) -> Result<u64, Invalid> {
+        let mut sizes = self.devices.iter().filter_map(|device| match device {
+            DeviceSpec::Mem(mem) => Some(mem.size_mib),
+            _ => None,
+        });
+        match (sizes.next().unwrap_or(0).max(self.pluggable_mib), sizes.next()) {
+            (mib, None) if mib <= MemSize::MAX_MIB.saturating_sub(self.memory.mib()) => Ok(mib << 20),
+            _ => Err(Invalid::Pluggable),
+        }
+    }
 }
 
-/// How the kernel is entered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Protocol {
-    /// The 64-bit Linux boot protocol.
-    #[default]
-    Linux64,
-    /// PVH: 32-bit protected mode at the entry that the image's note names.
-    Pvh,
-}
-
-/// How an ELF kernel gets into memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Image {
-    /// Code and constants are mapped copy-on-write: what no guest has changed is in memory once for all of them.
-    #[default]
-    Map,
-    /// Read into the guest's own memory: costs each guest the whole image, and boots sooner where the host
-    /// backs guests with huge pages, because it then faults once per 2 MiB.
-    Copy,
+fn is_zero(mib: &u64) -> bool {
+    *mib == 0
 }
 
 /// The first serial port (16550A at 0x3f8, polled).
@@ -304,15 +308,33 @@ mod tests {
 
     use super::*;
 
-    const LEAST: &str = r#"{"id":"a","kvm":4,"boot":{"kernel":5}}"#;
+    const LEAST: &str = r#"{"id":"a","kvm":4,"start":{"boot":{"kernel":5}}}"#;
 
     #[test]
     fn the_least_config_gets_every_default() {
         let config: MachineConfig = serde_json::from_str(LEAST).unwrap();
         assert_eq!(config.cpus.get(), 1);
         assert_eq!(config.memory.bytes(), 128 << 20);
-        assert_eq!(config.boot.protocol, Protocol::Linux64);
+        assert_eq!(boot(&config).protocol, Protocol::Linux64);
         assert_eq!(config.serial, None);
+    }
+
+    #[test]
+    fn memory_is_plugged_by_one_device_and_has_an_end() {
+        let pluggable = |devices: &str| {
+            let text = LEAST.replace("\"id\"", &format!(r#""devices":[{devices}],"id""#));
+            serde_json::from_str::<MachineConfig>(&text).unwrap().pluggable()
+        };
+        assert_eq!(pluggable(""), Ok(0));
+        assert_eq!(pluggable(r#"{"type":"rng"},{"type":"mem","size_mib":256}"#), Ok(256 << 20));
+        assert_eq!(pluggable(r#"{"type":"mem","size_mib":524160}"#), Ok(524_160 << 20));
+        let mut later: MachineConfig = serde_json::from_str(LEAST).unwrap();
+        later.pluggable_mib = 1000;
+        assert_eq!(later.pluggable(), Ok(1000 << 20));
+        for wrong in ["524161", "18446744073709551615", r#"128},{"type":"mem","size_mib":128"#] {
+            let device = format!(r#"{{"type":"mem","size_mib":{wrong}}}"#);
+            assert_eq!(pluggable(&device), Err(Invalid::Pluggable), "{wrong}");
+        }
     }
 
     #[test]
@@ -355,6 +377,13 @@ mod tests {
         assert!(Cmdline::try_from("a\0b".to_owned()).is_err());
     }
 
+    fn boot(config: &MachineConfig) -> Boot {
+        match &config.start {
+            Start::Boot(boot) => boot.clone(),
+            Start::Restore(_) => panic!("{config:?}"),
+        }
+    }
+
     proptest! {
         #[test]
         fn printing_then_parsing_is_the_identity(
@@ -363,7 +392,7 @@ mod tests {
             let mut config: MachineConfig = serde_json::from_str(LEAST).unwrap();
             config.cpus = cpus.try_into().unwrap();
             config.memory = mib.try_into().unwrap();
-            config.boot.initrd = Some(FdSlot(slot));
+            config.start = Start::Boot(Boot { initrd: Some(FdSlot(slot)), ..boot(&config) });
             let text = serde_json::to_string(&config).unwrap();
             prop_assert_eq!(serde_json::from_str::<MachineConfig>(&text).unwrap(), config);
         }

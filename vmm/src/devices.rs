@@ -38,6 +38,11 @@ impl Attacher {
         files: &mut dyn FdSource,
         bus: &PciBus,
     ) -> Result<usize> {
+        bus.add_virtio(self.build(spec, files)?)
+    }
+
+    /// Builds the device that `spec` describes.
+    pub(crate) fn build(&mut self, spec: &DeviceSpec, files: &mut dyn FdSource) -> Result<Plugged> {
         let device = spec.build(files).map_err(|source| Error::Device(Box::new(source)))?;
         let (io_loop, handle) = if device.wants_own_loop() {
             let own = IoLoop::spawn(&format!("io-{}", device.kind().name))
@@ -55,7 +60,7 @@ impl Attacher {
             sink: Arc::new(KvmMsi::new(Arc::clone(self.vm.fd()), vectors)),
         };
         let function = VirtioPci::new(device, parts).map_err(|source| Error::Device(Box::new(source)))?;
-        bus.add_virtio(Plugged { function, _io_loop: io_loop, serial: serial(spec).to_owned() })
+        Ok(Plugged { function, _io_loop: io_loop, serial: serial(spec).to_owned() })
     }
 
     fn shared(&mut self) -> Result<LoopHandle> {

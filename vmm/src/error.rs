@@ -4,6 +4,7 @@ use std::io;
 
 use crate::boot;
 use crate::config::Invalid;
+use crate::snapshot;
 
 /// A machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +36,7 @@ pub enum Error {
         mib: u64,
         /// Why not.
         #[source]
-        source: vm_memory::mmap::FromRangesError,
+        source: mvm_devices::memory::NoMemory,
     },
     /// The kernel could not be loaded.
     #[error("cannot load the kernel")]
@@ -79,6 +80,18 @@ pub enum Error {
     /// The BAR window has no room for another BAR.
     #[error("the PCI window has no room for a BAR of {0} bytes")]
     WindowFull(u64),
+    /// A saved machine cannot go on here, or could not be saved.
+    #[error("cannot go on from the snapshot")]
+    Snapshot(#[from] snapshot::Error),
+    /// A virtual CPU cannot be saved where it is.
+    #[error("virtual CPU {0} is in the middle of an instruction that does not end")]
+    Unfinished(u8),
+    /// The guest has machines of its own, whose state KVM keeps apart.
+    #[error("the guest uses virtualisation itself, which cannot be saved")]
+    Nested,
+    /// The machine ended while it was being saved.
+    #[error("the machine has ended")]
+    Ended,
     /// A second machine in one process.
     #[error("this process has a machine already")]
     SecondMachine,
@@ -92,6 +105,8 @@ impl Error {
             Error::KvmLacks(_) => {
                 "mvm needs Linux 4.20 or newer with KVM; `mvm doctor` shows what this host has"
             }
+            Error::Snapshot(error) => error.hint(),
+            Error::Configured { source, .. } => return source.hint(),
             Error::Memory { .. } => "give the machine less memory, or free some on this host",
             _ => return None,
         };

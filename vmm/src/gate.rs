@@ -27,6 +27,8 @@ pub(crate) enum Pass {
     On,
     /// Go on after having been held: time has passed that the guest did not see.
     Resumed,
+    /// Do what was asked of it, then come again: the machine is held still.
+    Errand,
     /// End.
     End,
 }
@@ -36,6 +38,8 @@ struct State {
     goal: Goal,
     /// vCPUs that wait now.
     waiting: usize,
+    /// How often those that wait were sent on an errand.
+    errands: u64,
 }
 
 /// Holds vCPUs while the machine is paused, and remembers the first reason to end.
@@ -54,7 +58,7 @@ impl Gate {
     pub(crate) fn new() -> nix::Result<Self> {
         Ok(Self {
             closed: AtomicBool::new(false),
-            state: Mutex::new(State { goal: Goal::Run, waiting: 0 }),
+            state: Mutex::new(State { goal: Goal::Run, waiting: 0, errands: 0 }),
             changed: Condvar::new(),
             finished: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
@@ -65,18 +69,23 @@ impl Gate {
         self.finished.as_fd()
     }
 
-    /// Called by a vCPU before each entry; returns when it may go on or is to end.
-    pub(crate) fn pass(&self) -> Pass {
+    /// Called by a vCPU before each entry; returns when it may go on or is to end. `errands` is its own count of
+    /// those it was sent on, from 0.
+    pub(crate) fn pass(&self, errands: &mut u64) -> Pass {
         if !self.closed.load(Ordering::Acquire) {
             return Pass::On;
         }
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while state.goal == Goal::Pause {
+        while state.goal == Goal::Pause && state.errands == *errands {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.waiting -= 1;
+        let sent = std::mem::replace(errands, state.errands) != state.errands;
+        if sent && state.goal == Goal::Pause {
+            return Pass::Errand;
+        }
         if state.goal == Goal::Run { Pass::Resumed } else { Pass::End }
     }
 
@@ -125,6 +134,12 @@ impl Gate {
         true
     }
 
+    /// Sends every vCPU that is held on an errand.
+    pub(crate) fn send(&self) {
+        self.lock().errands += 1;
+        self.changed.notify_all();
+    }
+
     /// Lets vCPUs go on.
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
@@ -155,7 +170,7 @@ mod tests {
         let gate = Arc::new(gate());
         let vcpu = {
             let gate = Arc::clone(&gate);
-            std::thread::spawn(move || while gate.pass() != Pass::End {})
+            std::thread::spawn(move || while gate.pass(&mut 0) != Pass::End {})
         };
         assert!(gate.pause(1, Instant::now() + Duration::from_secs(10), || ()));
         assert!(gate.is_paused());
@@ -166,11 +181,47 @@ mod tests {
     }
 
     #[test]
+    fn held_vcpus_go_on_each_errand_once_and_are_held_again() {
+        let gate = Arc::new(gate());
+        let (done, doing) = std::sync::mpsc::channel();
+        let vcpus: Vec<_> = (0..2)
+            .map(|id| {
+                let (gate, done) = (Arc::clone(&gate), done.clone());
+                std::thread::spawn(move || {
+                    let mut errands = 0;
+                    loop {
+                        match gate.pass(&mut errands) {
+                            Pass::Errand => done.send(id).unwrap(),
+                            Pass::End => return,
+                            Pass::On | Pass::Resumed => {}
+                        }
+                    }
+                })
+            })
+            .collect();
+        let patience = Duration::from_secs(10);
+        for _ in 0..3 {
+            assert!(gate.pause(2, Instant::now() + patience, || ()));
+            for _ in 0..2 {
+                gate.send();
+                let mut went = [0, 1].map(|_| doing.recv_timeout(patience).unwrap());
+                went.sort_unstable();
+                assert_eq!(went, [0, 1]);
+                assert!(gate.is_paused());
+            }
+            gate.resume();
+        }
+        gate.finish(Exit::Stopped);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+        assert!(doing.try_recv().is_err(), "nobody went twice");
+    }
+
+    #[test]
     fn a_paused_vcpu_can_be_ended() {
         let gate = Arc::new(gate());
         let vcpu = {
             let gate = Arc::clone(&gate);
-            std::thread::spawn(move || while gate.pass() != Pass::End {})
+            std::thread::spawn(move || while gate.pass(&mut 0) != Pass::End {})
         };
         assert!(gate.pause(1, Instant::now() + Duration::from_secs(10), || ()));
         gate.finish(Exit::Stopped);
@@ -184,7 +235,7 @@ mod tests {
         gate.finish(Exit::Shutdown);
         gate.resume();
         assert_eq!(gate.exit(), Some(Exit::Reboot));
-        assert_eq!(gate.pass(), Pass::End);
+        assert_eq!(gate.pass(&mut 0), Pass::End);
     }
 
     #[test]

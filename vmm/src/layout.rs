@@ -69,6 +69,24 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 /// Keyboard controller's command and status port: kernels without ACPI reset through it.
 pub const KEYBOARD_PORT: u16 = 0x64;
 
+/// What the memory that comes later is added in, by guests of less than [`LARGE_RAM`]: blocks of Linux.
+pub const MEMORY_BLOCK: u64 = 128 << 20;
+/// From here on Linux may choose larger blocks, up to [`LARGE_MEMORY_BLOCK`].
+pub const LARGE_RAM: u64 = 64 << 30;
+/// See [`LARGE_RAM`].
+pub const LARGE_MEMORY_BLOCK: u64 = 2 << 30;
+
+/// Where memory begins that can be plugged into a machine of `ram` bytes: above everything else, where the guest's
+/// largest blocks begin.
+pub fn pluggable(ram: u64) -> u64 {
+    HOLE_END.saturating_add(ram.saturating_sub(HOLE_START)).next_multiple_of(LARGE_MEMORY_BLOCK)
+}
+
+/// Bytes that must be there for a guest of `ram` bytes to plug `bytes`: it looks at whole blocks only.
+pub fn plugged_in(ram: u64, bytes: u64) -> u64 {
+    bytes.next_multiple_of(if ram < LARGE_RAM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK })
+}
+
 /// Where RAM lies: `(start, length)` of each region, in order of address.
 pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
     let below = size.min(HOLE_START);
@@ -97,6 +115,18 @@ mod tests {
                 prop_assert!(start + length <= HOLE_START || start >= HOLE_END);
             }
         }
+    }
+
+    #[test]
+    fn pluggable_memory_is_above_the_hole_and_all_ram() {
+        for mib in [4, 128, 3072, 3073, 4096, 65536, 512 << 10] {
+            let (start, ram) = (pluggable(mib << 20), ram_regions(mib << 20));
+            let end = ram.last().map_or(0, |(start, length)| start + length);
+            assert!(start >= end.max(HOLE_END) && start.is_multiple_of(LARGE_MEMORY_BLOCK), "{mib}");
+        }
+        assert_eq!(plugged_in(128 << 20, 1), MEMORY_BLOCK);
+        assert_eq!(plugged_in(128 << 20, 3 * MEMORY_BLOCK), 3 * MEMORY_BLOCK);
+        assert_eq!(plugged_in(LARGE_RAM, 1), LARGE_MEMORY_BLOCK);
     }
 
     #[test]

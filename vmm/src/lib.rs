@@ -34,6 +34,7 @@ mod msi;
 mod pci_bus;
 pub mod process;
 mod serial_port;
+pub mod snapshot;
 pub mod status;
 mod supervisor;
 mod vcpu;

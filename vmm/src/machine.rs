@@ -2,16 +2,16 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use mvm_devices::memory::Memory;
 use mvm_devices::pci::host_bridge::HostBridge;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::boot::{self, Entry, Images, Platform};
+use crate::boot::{self, Entry, Images, Placed, Platform};
 use crate::bus::Bus;
-use crate::config::MachineConfig;
+use crate::config::{Boot, DeviceSpec, MachineConfig, Restore, Start};
 use crate::cpuid::{self, Topology};
 use crate::devices::Attacher;
 use crate::doorbell::Doorbells;
@@ -21,10 +21,15 @@ use crate::fds::Slots;
 use crate::gate::Gate;
 use crate::kvm::host::{self, SupportedCpuid};
 use crate::kvm::{Vm, registers};
+use crate::layout;
 use crate::memory;
 use crate::metrics::Counters;
 use crate::pci_bus::PciBus;
 use crate::serial_port;
+use crate::snapshot::host::HostFacts;
+use crate::snapshot::pages::{self, Backed};
+use crate::snapshot::vcpu::{SaveVcpu, VcpuState};
+use crate::snapshot::{MachineState, number};
 use crate::status::{Stages, Stream, now};
 use crate::vcpu::{self, Running, Vcpu};
 
@@ -32,7 +37,10 @@ use crate::vcpu::{self, Running, Vcpu};
 #[derive(Debug)]
 pub(crate) struct Machine {
     vcpus: Vec<Vcpu>,
-    vm: Arc<Vm>,
+    /// What KVM has of it.
+    pub vm: Arc<Vm>,
+    /// The parts of its RAM that come from files.
+    pub backed: Vec<Backed>,
     /// Attaches devices; its I/O loop serves them for as long as the machine is there.
     pub attacher: Attacher,
     /// What its CPUs see.
@@ -52,42 +60,80 @@ impl Machine {
         stages: &mut Stages,
     ) -> Result<Self> {
         let kvm = host::open(slots.take_for(config.kvm, "/dev/kvm")?)?;
-        let features = SupportedCpuid::ask(&kvm)?; // wanted in step 5
-        let memory = memory::create(config.memory)?; // 1. RAM, where layout.rs says
-        let entry = load(config, slots, &memory)?; // 2. kernel, initial RAM disk, tables
-        stages.loaded_ns = now();
+        match &config.start {
+            Start::Boot(boot) => {
+                let features = SupportedCpuid::ask(&kvm)?; // wanted last
+                let memory = memory::create(memory::Extent::of(config)?)?;
+                let placed = load(config, boot, slots, &memory)?;
+                let backed = placed.images.into_iter().map(|range| Backed { range, file: None }).collect();
+                let ram = Ram { memory, backed };
+                let mut machine = Self::assemble(config, slots, status, (kvm, ram, None), stages)?;
+                machine.add_vcpus(vcpus(&machine.vm, features, config.cpus.get(), placed.entry)?);
+                stages.vcpus_ns = now();
+                Ok(machine)
+            }
+            Start::Restore(restore) => {
+                let (state, ram) = read(config, restore, slots)?;
+                let mut machine = Self::assemble(config, slots, status, (kvm, ram, Some(&state)), stages)?;
+                machine.add_vcpus(restored_vcpus(&machine.vm, &state)?);
+                stages.vcpus_ns = now();
+                Ok(machine)
+            }
+        }
+    }
 
+    /// A machine without CPUs, with devices as configured, and as `saved` if it goes on from a snapshot.
+    fn assemble(
+        config: &MachineConfig,
+        slots: &mut Slots,
+        status: &Arc<Stream>,
+        (kvm, ram, saved): (Arc<Kvm>, Ram, Option<&MachineState>),
+        stages: &mut Stages,
+    ) -> Result<Self> {
+        stages.loaded_ns = now();
         let ecam = Ecam::take()?;
-        let vm = Arc::new(Vm::new(kvm, memory)?); // 3. a machine that has them
+        let vm = Arc::new(Vm::new(kvm, ram.memory)?);
         stages.vm_ns = now();
 
         let pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
-        pci.add_bridge(HostBridge::new())?; // 4. devices
+        pci.add_bridge(HostBridge::new())?;
         let mut attacher = Attacher::new(Arc::clone(&vm));
         for (index, spec) in config.devices.iter().enumerate() {
-            let attached = attacher.attach(spec, slots, &pci);
+            let spec = &placed(spec, config);
+            let function = saved.and_then(|saved| saved.functions.get(index));
+            let attached = match function {
+                Some(function) => {
+                    attacher.build(spec, slots).and_then(|virtio| pci.put_back(function, virtio))
+                }
+                None => attacher.attach(spec, slots, &pci).map(drop),
+            };
             attached.map_err(|source| Error::Configured { index, source: Box::new(source) })?;
         }
         let (serial, serial_input) = match &config.serial {
             Some(spec) => serial_port::build(spec, slots).map(|(port, input)| (Some(port), input))?,
             None => (None, None),
         };
+        if let (Some(port), Some(state)) = (&serial, saved.and_then(|saved| saved.serial.as_ref())) {
+            port.port.lock().unwrap_or_else(PoisonError::into_inner).restore(state);
+        }
         let bus = Arc::new(Bus::new(pci, serial, Arc::clone(status), Arc::new(Counters::default())));
         stages.devices_ns = now();
 
         let gate = Arc::new(Gate::new().map_err(Error::system("make an event"))?);
-        let vcpus = vcpus(&vm, features, config.cpus.get(), entry)? // 5. CPUs, pointed at the entry
-            .into_iter()
+        Ok(Self { vcpus: Vec::new(), vm, backed: ram.backed, attacher, bus, gate, serial_input })
+    }
+
+    fn add_vcpus(&mut self, fds: Vec<VcpuFd>) {
+        self.vcpus = (0..)
+            .zip(fds)
             .map(|(id, fd)| Vcpu {
                 id,
                 fd,
-                _vm: Arc::clone(&vm),
-                bus: Arc::clone(&bus),
-                gate: Arc::clone(&gate),
+                _vm: Arc::clone(&self.vm),
+                bus: Arc::clone(&self.bus),
+                gate: Arc::clone(&self.gate),
             })
             .collect();
-        stages.vcpus_ns = now();
-        Ok(Self { vcpus, vm, attacher, bus, gate, serial_input })
     }
 
     /// Starts the virtual CPUs. The first one comes last, so that the others are there when it looks for them.
@@ -98,19 +144,52 @@ impl Machine {
 
     /// What can wait until the guest runs.
     pub(crate) fn complete(&self) -> Result<()> {
+        self.bus.pci.resume()?;
         self.vm.add_config_space(self.bus.pci.ecam())
+    }
+
+    /// What saving one of its CPUs takes.
+    pub(crate) fn save_vcpu(&self) -> Result<SaveVcpu> {
+        Ok(SaveVcpu::new(Arc::clone(self.vm.fd()), self.vm.registers()?, self.vm.extended_state()))
     }
 }
 
-fn load(config: &MachineConfig, slots: &mut Slots, memory: &Memory) -> Result<Entry> {
-    let kernel = File::from(slots.take_for(config.boot.kernel, "kernel")?);
-    let initrd = slots.take_optional(config.boot.initrd, "initial RAM disk")?.map(File::from);
+/// `spec` with what the machine decides about it: where memory lies that can be plugged, if there is room for it.
+pub(crate) fn placed(spec: &DeviceSpec, config: &MachineConfig) -> DeviceSpec {
+    let mut spec = spec.clone();
+    if let DeviceSpec::Mem(mem) = &mut spec
+        && mem.size_mib <= config.pluggable().unwrap_or(0) >> 20
+    {
+        mem.address = layout::pluggable(config.memory.bytes());
+    }
+    spec
+}
+
+/// RAM before there is a machine.
+struct Ram {
+    memory: Memory,
+    backed: Vec<Backed>,
+}
+
+fn read(config: &MachineConfig, restore: &Restore, slots: &mut Slots) -> Result<(MachineState, Ram)> {
+    let state = File::from(slots.take_for(restore.state, "saved state")?);
+    let file = File::from(slots.take_for(restore.memory, "saved memory")?);
+    let state = MachineState::read(&state, config, &restore.contents)?;
+    let base = slots.take_optional(restore.base, "memory of the base")?.map(File::from);
+    let extent = memory::Extent { shown: state.shown(), ..memory::Extent::of(config)? };
+    let (memory, backed) = pages::map(extent, file, base, &state.id)?;
+    Ok((state, Ram { memory, backed }))
+}
+
+fn load(config: &MachineConfig, boot: &Boot, slots: &mut Slots, memory: &Memory) -> Result<Placed> {
+    let kernel = File::from(slots.take_for(boot.kernel, "kernel")?);
+    let initrd = slots.take_optional(boot.initrd, "initial RAM disk")?.map(File::from);
     let images = Images {
         kernel: &kernel,
         initrd: initrd.as_ref(),
-        cmdline: config.boot.cmdline.as_str(),
-        protocol: config.boot.protocol,
-        image: config.boot.image,
+        cmdline: boot.cmdline.as_str(),
+        protocol: boot.protocol,
+        image: boot.image,
     };
     let platform = Platform { cpus: config.cpus.get(), serial: config.serial.is_some() };
     Ok(boot::load(memory, config.memory.bytes(), &images, &platform)?)
@@ -124,21 +203,36 @@ pub(crate) fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-fn vcpus(vm: &Vm, features: SupportedCpuid, count: u8, entry: Entry) -> Result<Vec<(u8, VcpuFd)>> {
+fn vcpus(vm: &Vm, features: SupportedCpuid, count: u8, entry: Entry) -> Result<Vec<VcpuFd>> {
     let fds = (0..count).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>>>()?;
     let supported = features.answer()?;
-    let mut vcpus = Vec::with_capacity(count.into());
-    for (id, fd) in (0..).zip(fds) {
-        // A KVM that does not tell leaves the guest to ask kvmclock.
-        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+    for (id, fd) in (0..).zip(&fds) {
+        let tsc_khz = match fd.get_tsc_khz() {
+            // The timers of such a machine would never fire.
+            Ok(0) => return Err(Error::KvmLacks("a time stamp counter whose frequency the host knows")),
+            Ok(khz) => khz,
+            // A KVM that does not tell leaves the guest to ask kvmclock.
+            Err(_) => 0,
+        };
         let topology = Topology { cpus: count, tsc_khz, tsc_deadline: vm.has_tsc_deadline_timer() };
         let cpuid = cpuid::for_vcpu(&supported, topology, id)?;
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("set a virtual CPU's features"))?;
-        registers::set_msrs(&fd)?;
+        registers::set_msrs(fd)?;
         if id == 0 {
-            registers::set_entry(&fd, entry)?;
+            registers::set_entry(fd, entry)?;
         }
-        vcpus.push((id, fd));
     }
-    Ok(vcpus)
+    Ok(fds)
+}
+
+fn restored_vcpus(vm: &Vm, state: &MachineState) -> Result<Vec<VcpuFd>> {
+    let here = HostFacts::here();
+    for vcpu in &state.vcpus {
+        state.host.admits(&here, &vcpu.cpuid, || vm.supported_cpuid())?;
+    }
+    // All of them first: what one is given must not be taken for what a later one starts with.
+    let ids = (0..state.vcpus.len()).map(number);
+    let fds = ids.map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>>>()?;
+    VcpuState::restore_all(&state.vcpus, &fds, vm.fd(), vm.extended_state())?;
+    Ok(fds)
 }

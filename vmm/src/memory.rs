@@ -1,26 +1,104 @@
 //! Guest RAM: anonymous private mappings, and files mapped into them copy-on-write or read.
-#![allow(unsafe_code)] // mapping a file over part of a region, and reading one into it
+#![allow(unsafe_code)] // mapping a file over part of a region, reading one into it, and opening one
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use mvm_devices::memory::{GuestAddress, GuestMemoryBackend, Memory};
+use mvm_devices::memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, Memory, NoMemory, Region};
+use vm_memory::mmap::{FromRangesError, MmapRegionBuilder};
 
-use crate::config::MemSize;
+use crate::config::{MachineConfig, MemSize};
 use crate::error::{Error, Result};
 use crate::layout::{self, PAGE_SIZE};
 
 /// Bytes of a huge page.
 pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
-/// Makes `size` of zeroed RAM. Pages cost nothing until they are touched.
-pub(crate) fn create(size: MemSize) -> Result<Memory> {
-    let ranges: Vec<_> = layout::ram_regions(size.bytes())
-        .into_iter()
-        .map(|(start, length)| (GuestAddress(start), usize::try_from(length).unwrap_or(usize::MAX)))
-        .collect();
-    Memory::from_ranges(&ranges).map_err(|source| Error::Memory { mib: size.mib(), source })
+/// How much memory a machine has, and can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// What it boots with.
+    pub ram: MemSize,
+    /// Bytes that can be plugged into it at most.
+    pub pluggable: u64,
+    /// Bytes of these that the guest has already.
+    pub shown: u64,
+}
+
+impl Extent {
+    /// That of a machine that boots.
+    pub(crate) fn of(config: &MachineConfig) -> Result<Self> {
+        Ok(Self { ram: config.memory, pluggable: config.pluggable()?, shown: 0 })
+    }
+
+    /// Bytes the guest has: RAM, and what it may have plugged.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.ram.bytes().saturating_add(self.shown)
+    }
+
+    /// What of it the guest has: `(start, length)` of each region, in order of address.
+    pub(crate) fn regions(&self) -> Vec<(u64, u64)> {
+        let mut regions = layout::ram_regions(self.ram.bytes());
+        if self.shown > 0 {
+            regions.push((layout::pluggable(self.ram.bytes()), self.shown));
+        }
+        regions
+    }
+}
+
+impl From<MemSize> for Extent {
+    /// Memory of this size and no more.
+    fn from(ram: MemSize) -> Self {
+        Self { ram, pluggable: 0, shown: 0 }
+    }
+}
+
+/// Makes zeroed memory. Pages cost nothing until they are touched, nor does what is not shown.
+pub(crate) fn create(extent: impl Into<Extent>) -> Result<Memory> {
+    let extent = extent.into();
+    let map = |start, length| {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        GuestRegionMmap::from_range(GuestAddress(start), length, None).map_err(NoMemory::Region)
+    };
+    let ram = layout::ram_regions(extent.ram.bytes());
+    let mut regions: Vec<_> =
+        ram.into_iter().map(|(start, length)| map(start, length).map(Region::from)).collect();
+    if extent.pluggable > 0 {
+        regions.push(reserve(layout::pluggable(extent.ram.bytes()), extent.pluggable));
+    }
+    let regions = regions.into_iter().collect::<Result<_, _>>();
+    let failed = |source| Error::Memory { mib: extent.bytes() >> 20, source };
+    let memory = regions.and_then(Memory::new).map_err(failed)?;
+    match memory.iter().last() {
+        Some(region) if extent.shown > 0 => {
+            open(region, extent.shown).map_err(Error::system("open pluggable memory"))?;
+            region.show(extent.shown);
+        }
+        _ => {}
+    }
+    Ok(memory)
+}
+
+/// Addresses for memory that may be plugged one day. Nobody can access them, so that no host counts them.
+fn reserve(start: u64, length: u64) -> Result<Region, NoMemory> {
+    let mapped = MmapRegionBuilder::new(usize::try_from(length).unwrap_or(usize::MAX))
+        .with_mmap_prot(libc::PROT_NONE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(FromRangesError::MmapRegion)?;
+    let mapped = GuestRegionMmap::new(mapped, GuestAddress(start));
+    Ok(Region::hidden(mapped.ok_or(FromRangesError::InvalidGuestRegion)?))
+}
+
+/// Lets the first `bytes` of a region be accessed, before they are shown.
+pub(crate) fn open(region: &Region, bytes: u64) -> io::Result<()> {
+    let length = usize::try_from(bytes.min(region.mapped())).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: all of the region is mapped for as long as it is there, and what is within is plain memory, of which
+    // no reference is ever made.
+    let opened =
+        unsafe { libc::mprotect(region.as_ptr().cast(), length, libc::PROT_READ | libc::PROT_WRITE) };
+    if opened == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Maps `length` bytes of `file` from `offset` at guest address `at`: readable and writable, private, read
@@ -101,12 +179,25 @@ pub(crate) fn read_file(memory: &Memory, file: &File, offset: u64, at: u64, leng
 mod tests {
     use std::io::Write;
 
-    use mvm_devices::memory::Bytes;
+    use mvm_devices::memory::{Bytes, GuestMemoryRegion};
 
     use super::*;
 
     fn memory() -> Memory {
         create(MemSize::try_from(4).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn pluggable_memory_is_there_as_far_as_it_is_shown() {
+        let extent = Extent { ram: 4.try_into().unwrap(), pluggable: 256 << 20, shown: 128 << 20 };
+        let memory = create(extent).unwrap();
+        let there: Vec<_> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
+        assert_eq!(there, extent.regions());
+        assert_eq!(there, [(0, 4 << 20), (layout::HOLE_END, 128 << 20)]);
+        assert_eq!(extent.bytes(), 132 << 20);
+        let last = GuestAddress(layout::HOLE_END + (128 << 20) - 1);
+        memory.write_obj(7u8, last).unwrap();
+        assert!(memory.write_obj(7u8, GuestAddress(last.0 + 1)).is_err());
     }
 
     #[test]

@@ -11,6 +11,8 @@
 //! An access that was routed just before its function left reaches an empty slot, or the next function in it:
 //! a guest that races with itself gets one or the other.
 
+pub(crate) mod saved;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 

@@ -2,6 +2,7 @@
 
 mod pause;
 mod requests;
+mod snapshot;
 
 use std::fs::File;
 use std::io::Read;

@@ -14,6 +14,7 @@ mod tables;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use mvm_devices::memory::{Bytes, GuestAddress, Memory};
@@ -132,6 +133,15 @@ pub enum Entry {
     },
 }
 
+/// What was put into memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Where the first virtual CPU starts.
+    pub entry: Entry,
+    /// Where kernel and initial RAM disk are. Pages there may be the image's file.
+    pub images: Vec<Range<u64>>,
+}
+
 /// A kernel in memory.
 #[derive(Clone, Debug, Default)]
 struct Loaded {
@@ -179,7 +189,7 @@ impl Room {
 }
 
 /// Loads everything. `memory` must be fresh (all zero).
-pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform) -> Result<Entry> {
+pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform) -> Result<Placed> {
     let kernel_bytes = regular_size(images.kernel, "kernel", MAX_KERNEL_BYTES)?;
     let initrd_bytes =
         images.initrd.map(|file| regular_size(file, "initial RAM disk", MAX_INITRD_BYTES)).transpose()?;
@@ -193,18 +203,21 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
     let cmdline = cmdline::complete(images.cmdline, platform)?;
     write(memory, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
     acpi::write(memory, platform)?;
-    match images.protocol {
+    let entry = match images.protocol {
         Protocol::Linux64 => {
             tables::write(memory)?;
             params::write_zero_page(memory, ram, &kernel, initrd)?;
-            Ok(Entry::Long { rip: kernel.entry })
+            Entry::Long { rip: kernel.entry }
         }
         Protocol::Pvh => {
             let eip = kernel.pvh_entry.ok_or(Error::NoPvhEntry)?;
             params::write_start_info(memory, ram, initrd)?;
-            Ok(Entry::Protected { eip })
+            Entry::Protected { eip }
         }
-    }
+    };
+    let initrd = initrd.map(|span| span.start..span.start.saturating_add(span.length));
+    let images = std::iter::once(layout::HIGH_MEMORY..kernel.end).chain(initrd).collect();
+    Ok(Placed { entry, images })
 }
 
 fn load_kernel(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<Loaded> {

@@ -37,8 +37,8 @@ fn file(content: &[u8]) -> File {
 fn try_load(mib: u64, kernel: &File, initrd: Option<&File>) -> (Memory, Result<Entry>) {
     let memory = memory::create(MemSize::try_from(mib).unwrap()).unwrap();
     let images = Images { kernel, initrd, cmdline: "quiet", protocol: Protocol::Linux64, image: Image::Map };
-    let entry = load(&memory, mib * MIB, &images, &PLATFORM);
-    (memory, entry)
+    let placed = load(&memory, mib * MIB, &images, &PLATFORM);
+    (memory, placed.map(|placed| placed.entry))
 }
 
 fn read<const N: usize>(memory: &Memory, at: u64) -> [u8; N] {

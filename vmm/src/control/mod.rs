@@ -10,6 +10,7 @@ use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use mvm_devices::virtio::DeviceSpec;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -37,6 +38,12 @@ pub enum Request {
         /// MiB the guest is to do without.
         target_mib: u64,
     },
+    /// Gives the guest memory beyond what it booted with, or takes such back, and says where that stands.
+    Memory {
+        /// MiB the machine is to have in all. What it booted with it keeps. Unless given, nothing changes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size_mib: Option<u64>,
+    },
     /// Counters.
     Metrics,
     /// Puts a further device on the PCI bus. The guest finds it when it looks again
@@ -55,6 +62,24 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         force: bool,
     },
+    /// Saves the machine, which is held meanwhile. The request's first file becomes the state, the second the
+    /// memory; what was in them is gone. [`crate::config::Restore`] takes both.
+    Snapshot {
+        /// Whether the machine goes on afterwards. One that was paused before stays so in any case.
+        #[serde(default = "yes")]
+        resume: bool,
+        /// What is in the machine, such as the digests of kernel and agent: compared when it is restored.
+        #[serde(default)]
+        contents: String,
+        /// Whether there is a third file: the whole memory of another snapshot of a machine of this size, of which the
+        /// memory becomes the changes only. It is read, and [`crate::config::Restore`] takes it as well.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        base: bool,
+    },
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// By what a device on the bus is named.
@@ -87,8 +112,12 @@ pub enum Answer {
     Metrics(Metrics),
     /// To [`Request::Balloon`].
     Balloon(Balloon),
+    /// To [`Request::Memory`].
+    Memory(Memory),
     /// To [`Request::Attach`].
     Attached(Attached),
+    /// To [`Request::Snapshot`].
+    Snapshot(Snapshot),
     /// To everything else.
     Done {},
 }
@@ -140,11 +169,33 @@ pub struct Balloon {
     pub actual_mib: u64,
 }
 
+/// How much memory a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// MiB it is to have: what was asked for, rounded up to whole blocks of 2 beyond what it booted with, or that if it is more.
+    pub size_mib: u64,
+    /// MiB it has, as its driver has plugged them. What it does not give back it goes on having.
+    pub plugged_mib: u64,
+    /// MiB it can have at most.
+    pub max_mib: u64,
+}
+
 /// Where an attached device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// Its number: the guest's PCI address is `0000:00:NN.0`, in hexadecimal.
     pub device: u8,
+}
+
+/// What was saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Bytes of memory that were written; the rest of the file is holes.
+    pub memory_bytes: u64,
+    /// Bytes of the state.
+    pub state_bytes: u64,
+    /// How long the machine was held for it, in nanoseconds.
+    pub held_ns: u64,
 }
 
 /// A device's counters.
@@ -198,6 +249,14 @@ impl Client {
         Self { stream: BufReader::new(stream) }
     }
 
+    /// How long a reply is waited for, from the next request on.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn set_patience(&self, time: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(time))
+    }
+
     /// Sends a request and waits for its reply; a reply that is an error becomes one.
     pub fn call(&mut self, request: &Request) -> io::Result<Answer> {
         self.call_with(request, &[])
@@ -243,6 +302,14 @@ mod tests {
     fn requests_and_replies_look_as_documented() {
         let request: Request = serde_json::from_str(r#"{"command":"balloon","target_mib":64}"#).unwrap();
         assert_eq!(request, Request::Balloon { target_mib: 64 });
+        for (text, size_mib) in [("", None), (r#","size_mib":640"#, Some(640))] {
+            let text = format!(r#"{{"command":"memory"{text}}}"#);
+            let request: Request = serde_json::from_str(&text).unwrap();
+            assert_eq!(
+                (serde_json::to_string(&request).unwrap(), request),
+                (text, Request::Memory { size_mib })
+            );
+        }
         assert_eq!(serde_json::to_string(&Reply::Ok(Answer::Done {})).unwrap(), r#"{"ok":{}}"#);
         assert_eq!(serde_json::to_string(&Reply::Error("x".into())).unwrap(), r#"{"error":"x"}"#);
         assert!(serde_json::from_str::<Request>(r#"{"command":"fly"}"#).is_err());
@@ -265,12 +332,26 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_saved_whole_unless_a_base_is_named() {
+        for (text, base) in [
+            (r#"{"command":"snapshot","resume":true,"contents":"k"}"#, false),
+            (r#"{"command":"snapshot","resume":true,"contents":"k","base":true}"#, true),
+        ] {
+            let request: Request = serde_json::from_str(text).unwrap();
+            assert_eq!(request, Request::Snapshot { resume: true, contents: "k".into(), base });
+            assert_eq!(serde_json::to_string(&request).unwrap(), text);
+        }
+    }
+
+    #[test]
     fn every_answer_survives_the_wire() {
         let info = Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
         let balloon = Answer::Balloon(Balloon { target_mib: 2, actual_mib: 1 });
+        let memory = Answer::Memory(Memory { size_mib: 256, plugged_mib: 128, max_mib: 1024 });
         let attached = Answer::Attached(Attached { device: 3 });
         let metrics = Answer::Metrics(Metrics::default());
-        for answer in [Answer::Info(info), metrics, balloon, attached, Answer::Done {}] {
+        let saved = Answer::Snapshot(Snapshot { memory_bytes: 4096, state_bytes: 1, held_ns: 2 });
+        for answer in [Answer::Info(info), metrics, balloon, memory, attached, saved, Answer::Done {}] {
             let text = serde_json::to_string(&Reply::Ok(answer.clone())).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), Reply::Ok(answer));
         }

@@ -1,4 +1,5 @@
 //! Tests of the bus with a real virtio function, and a recorder for doorbells.
+pub(crate) mod pairs;
 pub(crate) mod stuck;
 
 use std::collections::BTreeSet;

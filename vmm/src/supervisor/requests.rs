@@ -1,18 +1,24 @@
 //! What can be asked of a running machine, done to it.
 
+use mvm_devices::config_space::ConfigSpace;
+use mvm_devices::device::Kind;
+use mvm_devices::memory::{GuestMemoryBackend, GuestMemoryRegion};
+use mvm_devices::virtio::mem::{self, Standing};
 use mvm_devices::virtio::{DeviceSpec, balloon};
 
 use super::pause::{pause, resume};
+use super::snapshot;
 use crate::config::MachineConfig;
 use crate::control::server::Received;
 use crate::control::{
-    Answer, Attached, Balloon, DeviceMetrics, DeviceName, Info, MachineState, Metrics, Reply, Request,
+    Answer, Attached, Balloon, DeviceMetrics, DeviceName, Info, MachineState, Memory, Metrics, Reply, Request,
 };
 use crate::error::causes;
 use crate::exit::Exit;
-use crate::machine::Machine;
+use crate::machine::{Machine, placed};
+use crate::memory::Extent;
 use crate::vcpu::Running;
-use crate::{devices, log};
+use crate::{devices, layout, log};
 
 /// Memory a balloon leaves to its guest, in MiB.
 const LEAST_MIB: u64 = 32;
@@ -40,9 +46,26 @@ impl Subject<'_> {
                 Reply::Ok(Answer::Done {})
             }
             Request::Balloon { target_mib } => self.balloon(*target_mib),
+            Request::Memory { size_mib } => match self.memory(*size_mib) {
+                Ok(memory) => Reply::Ok(Answer::Memory(memory)),
+                Err(why) => Reply::Error(why),
+            },
             Request::Attach { device } => self.attach(device, files),
+            Request::Snapshot { resume, contents, base } => {
+                match snapshot::save(self, (contents, *base), *resume, files) {
+                    Ok(saved) => Reply::Ok(Answer::Snapshot(saved)),
+                    Err(why) => Reply::Error(why),
+                }
+            }
             Request::Detach { device, force } => self.detach(device, *force),
         }
+    }
+
+    /// How much memory there is now.
+    pub(super) fn extent(&self) -> Extent {
+        let bytes: u64 = self.machine.vm.memory().iter().map(GuestMemoryRegion::len).sum();
+        let shown = bytes.saturating_sub(self.config.memory.bytes());
+        Extent { ram: self.config.memory, pluggable: shown, shown }
     }
 
     fn attach(&mut self, spec: &DeviceSpec, mut files: Received) -> Reply {
@@ -56,6 +79,18 @@ impl Subject<'_> {
                 Err(busy) => return Reply::Error(busy.to_owned()),
             },
         }
+        if matches!(spec, DeviceSpec::Mem(_)) {
+            match self.has(mem::KIND) {
+                Ok(false) => {}
+                Ok(true) => {
+                    return Reply::Error(
+                        "there is such a device already: memory is plugged by one alone".to_owned(),
+                    );
+                }
+                Err(busy) => return Reply::Error(busy.to_owned()),
+            }
+        }
+        let spec = &placed(spec, self.config);
         match self.machine.attacher.attach(spec, &mut files, &self.machine.bus.pci) {
             Ok(number) => match u8::try_from(number) {
                 Ok(device) => Reply::Ok(Answer::Attached(Attached { device })),
@@ -90,6 +125,13 @@ impl Subject<'_> {
         Reply::Error(open.to_owned())
     }
 
+    /// Whether there is a device of this kind, unless it may be one that cannot be looked at.
+    fn has(&self, kind: Kind) -> Result<bool, &'static str> {
+        let mut found = false;
+        let busy = self.machine.bus.pci.for_each_virtio(|_, device| found |= device.function.kind() == kind);
+        if !found && busy > 0 { Err(BUSY) } else { Ok(found) }
+    }
+
     /// The number of the disk with this serial number, unless it may be one that cannot be looked at.
     fn disk(&self, serial: &str) -> Result<Option<usize>, &'static str> {
         let mut found = None;
@@ -117,6 +159,43 @@ impl Subject<'_> {
             }
         });
         if busy > 0 && matches!(reply, Reply::Error(_)) { Reply::Error(BUSY.to_owned()) } else { reply }
+    }
+
+    /// Has the guest have `size_mib` in all, and tells where it stands.
+    fn memory(&self, size_mib: Option<u64>) -> Result<Memory, String> {
+        let mut reply = None;
+        let busy = self.machine.bus.pci.for_each_virtio(|_, device| {
+            let device = &device.function;
+            if let (mem::KIND, Some(space)) = (device.kind(), device.config_space()) {
+                let resized = size_mib.map_or(Ok(()), |mib| self.resize(space, mib));
+                if resized.is_ok() && size_mib.is_some() {
+                    device.notify_config_changed();
+                }
+                let Standing { region, requested, plugged, .. } = mem::standing(space);
+                let [max_mib, size_mib, plugged_mib] =
+                    [region, requested, plugged].map(|bytes| self.config.memory.mib() + (bytes >> 20));
+                reply = Some(resized.map(|()| Memory { size_mib, plugged_mib, max_mib }));
+            }
+        });
+        let none = "this machine keeps the memory it has: it is without the device `mem`";
+        reply.unwrap_or_else(|| Err(if busy > 0 { BUSY } else { none }.to_owned()))
+    }
+
+    /// Has the device of this configuration space plug what makes it `mib` in all.
+    fn resize(&self, space: &ConfigSpace, mib: u64) -> Result<(), String> {
+        let Standing { region, usable, .. } = mem::standing(space);
+        let ram = self.config.memory;
+        let max = ram.mib().saturating_add(region >> 20);
+        if mib > max {
+            return Err(format!("{mib} MiB are more than this machine can have: at most {max} MiB"));
+        }
+        // In whole blocks, so no less than that: it is the rest of the region that is a whole number of them.
+        let wanted = (mib.saturating_sub(ram.mib()) << 20).next_multiple_of(mem::BLOCK).min(region);
+        let usable = layout::plugged_in(ram.bytes(), wanted).min(region).max(usable);
+        // First there is memory, then the driver may plug it.
+        self.machine.vm.show(usable).map_err(|error| error.to_string())?;
+        mem::request(space, usable, wanted);
+        Ok(())
     }
 
     fn info(&self) -> Info {

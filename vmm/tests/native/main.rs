@@ -1,6 +1,9 @@
 //! Whole machines on this host's KVM, with guests of a few instructions that run on any back end. Without
 //! /dev/kvm they fail here and run in the lab, which `make unit` sees to.
 
+mod memory;
+mod snapshot;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -9,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use mvm_vmm::config::{Boot, FdSlot, MachineConfig};
+use mvm_vmm::config::{Boot, FdSlot, MachineConfig, Start};
 use mvm_vmm::control::{Answer, Attached, Client, DeviceName, MachineState, Request};
 use mvm_vmm::exit::Exit;
 use mvm_vmm::flat::Program;
@@ -38,26 +41,25 @@ fn launch(kernel: &[u8], change: impl FnOnce(&mut MachineConfig, &mut Files)) ->
 
     let mut files = Files::default();
     let mut config = MachineConfig {
-        id: "native-test".parse().unwrap(),
-        cpus: Default::default(),
         memory: 16.try_into().unwrap(),
-        kvm: files.add(kvm),
-        boot: Boot {
-            kernel: files.add(image),
-            initrd: None,
-            cmdline: Default::default(),
-            protocol: Default::default(),
-            image: Default::default(),
-        },
-        devices: Vec::new(),
-        serial: None,
-        status: None,
         control: Some(files.add(listener)),
+        ..MachineConfig::new(
+            "native-test".parse().unwrap(),
+            files.add(kvm),
+            Start::Boot(Boot::new(files.add(image))),
+        )
     };
     change(&mut config, &mut files);
     let program = Path::new(env!("CARGO_BIN_EXE_mvm-vmm"));
     let child = Launch { config, files, stderr: None }.spawn_program(program).unwrap();
     Vm { child, control: Client::new(stream) }
+}
+
+fn boot(config: &mut MachineConfig) -> &mut Boot {
+    match &mut config.start {
+        Start::Boot(boot) => boot,
+        Start::Restore(restore) => panic!("{restore:?}"),
+    }
 }
 
 fn run(program: Program) -> Vm {
@@ -221,7 +223,7 @@ fn what_is_wrong_is_said_with_a_remedy() {
 
 #[test]
 fn a_slot_that_was_not_passed_is_named() {
-    let vm = launch(&Program::Halt.image(), |config, _| config.boot.initrd = Some(FdSlot(77)));
+    let vm = launch(&Program::Halt.image(), |config, _| boot(config).initrd = Some(FdSlot(77)));
     let (event, _) = vm.end();
     let Event::Error { message, .. } = event else { panic!("{event:?}") };
     assert_eq!(message, "cannot use slot 77, named for the initial RAM disk");

@@ -22,10 +22,12 @@ use crate::{
     dial::Dialer,
     error::{Context, Result},
     forward::{Connecting, FORWARDS},
+    hold::Held,
     identity, kmsg,
     pending::Pending,
     process::set_nonblocking,
     shutdown::Shutdown,
+    step::Linux,
     streams::{Streams, slot_of},
     sys,
     table::Table,
@@ -43,6 +45,8 @@ pub(crate) fn root_key(slot: usize, state: bool) -> u64 {
 
 /// Longest pause between two attempts to reach a host that went away.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// The same while a new host is awaited, which wants its machine soon.
+const MAX_AWAITING_PAUSE: Duration = Duration::from_millis(20);
 
 /// Everything the agent knows.
 pub(crate) struct Agent {
@@ -59,6 +63,10 @@ pub(crate) struct Agent {
     pub(crate) pending: Vec<Pending>,
     /// Connections to the guest's ports under way, by slot.
     pub(crate) forwards: Vec<Option<Connecting>>,
+    /// The machine is being saved, or goes on after that and no host has greeted it yet.
+    pub(crate) awaiting: bool,
+    /// The machine is being saved with what is in it, or goes on after that.
+    pub(crate) held: Option<Held>,
     signals: SignalFd,
     link: Link,
     connections: u32,
@@ -95,6 +103,8 @@ impl Agent {
             shutdown: None,
             pending: Vec::new(),
             forwards: Vec::new(),
+            awaiting: false,
+            held: None,
             signals,
             link: Link::Down { next: Instant::now(), pause: Duration::ZERO },
             connections: 0,
@@ -136,7 +146,7 @@ impl Agent {
                 Some(slot) => {
                     if let Some(process) = self.streams.turn(&self.epoll, slot) {
                         let event = self.table.output_ended(process);
-                        self.emit(event);
+                        self.emit_exit(event);
                     }
                 }
                 None if key >= FORWARDS => {
@@ -153,7 +163,11 @@ impl Agent {
         if key % 2 == 1 {
             return self.settle();
         }
-        let slot = usize::try_from(key / 2).unwrap_or(usize::MAX);
+        self.emit_kills(usize::try_from(key / 2).unwrap_or(usize::MAX));
+    }
+
+    /// Reports kills for want of memory in the root in this slot that were not reported yet.
+    fn emit_kills(&mut self, slot: usize) {
         let Some((id, cgroup)) = self.containers.cgroup(slot) else {
             return;
         };
@@ -183,10 +197,10 @@ impl Agent {
         };
         for _ in 0..self.streams.drain(&self.epoll, process) {
             let event = self.table.output_ended(process);
-            self.emit(event);
+            self.emit_exit(event);
         }
         let event = self.table.report(process);
-        self.emit(event);
+        self.emit_exit(event);
         if !self.pending.is_empty() {
             self.settle();
         }
@@ -222,7 +236,12 @@ impl Agent {
                     return Err(Lost);
                 }
                 control.greeted = true;
-                identity::assume(&ack.identity, self.role);
+                self.awaiting = false;
+                let resumed = self.connections > 1;
+                if let Err(error) = identity::assume(&mut Linux, &ack.identity, self.role, resumed) {
+                    boot::give_up(&error.to_string());
+                }
+                self.containers.name_machine(ack.identity.machine_id);
                 for event in self.table.unforgotten() {
                     self.emit(Some(event));
                 }
@@ -245,8 +264,19 @@ impl Agent {
         self.send(&GuestMessage::Response { id, result: result.map_err(Into::into) });
     }
 
+    /// Reports the exit of a process, if it is to be, and before it the kills for want of memory that it may be one of:
+    /// the kernel counts a kill before it kills, but puts off telling of it when it has just told of something else.
+    fn emit_exit(&mut self, event: Option<Event>) {
+        if let Some(Event::Exited { process, .. }) = event
+            && let Some(slot) = self.table.root_of(process).and_then(|root| self.containers.slot(root))
+        {
+            self.emit_kills(slot);
+        }
+        self.emit(event);
+    }
+
     /// Reports an event, if there is one and a host to hear it. A lost exit is repeated later.
-    fn emit(&mut self, event: Option<Event>) {
+    pub(crate) fn emit(&mut self, event: Option<Event>) {
         if let (Some(event), Link::Up { control: Control { greeted: true, .. }, .. }) = (event, &self.link) {
             self.send(&GuestMessage::Event(event));
         }
@@ -283,7 +313,7 @@ impl Agent {
         if let Link::Up { control, .. } = &self.link {
             let _ = self.epoll.delete(control.socket());
             // A host that answered may be back at once, one that did not is not hurried.
-            let pause = if control.greeted { Duration::ZERO } else { MAX_PAUSE };
+            let pause = if control.greeted { Duration::ZERO } else { self.max_pause() };
             self.link = Link::Down { next: Instant::now() + pause, pause };
         }
     }
@@ -295,11 +325,21 @@ impl Agent {
         if Instant::now() < next || self.dial().is_ok() {
             return;
         }
-        if self.role == Role::Guest {
+        if self.role == Role::Guest && !self.expects_another() {
             self.leave();
         }
-        let pause = (pause * 2).clamp(Duration::from_millis(10), MAX_PAUSE);
+        let longest = self.max_pause();
+        let pause = (pause * 2).clamp(Duration::from_millis(10), longest);
         self.link = Link::Down { next: Instant::now() + pause, pause };
+    }
+
+    /// A host that is not there may be another one soon.
+    fn expects_another(&self) -> bool {
+        self.awaiting || self.held.is_some()
+    }
+
+    fn max_pause(&self) -> Duration {
+        if self.expects_another() { MAX_AWAITING_PAUSE } else { MAX_PAUSE }
     }
 
     /// A trial run ends and takes its processes with it.

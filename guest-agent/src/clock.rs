@@ -5,9 +5,6 @@ use std::time::Duration;
 use mvm_protocol::Stamp;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 
-/// A wall clock nearer than this to the host's is left alone: kvm-clock usually has it right.
-const TOLERANCE_NS: u64 = 100_000_000;
-
 /// Now, on the clocks that count from boot.
 pub(crate) fn now() -> Stamp {
     Stamp {
@@ -17,11 +14,16 @@ pub(crate) fn now() -> Stamp {
 }
 
 /// Sets the wall clock to the host's unless it is close already.
-pub(crate) fn set_wall_clock(host_ns: u64) -> nix::Result<()> {
-    if nanoseconds(ClockId::CLOCK_REALTIME).abs_diff(host_ns) <= TOLERANCE_NS {
+pub(crate) fn set_wall_clock(host_ns: u64, tolerance_ns: u64) -> nix::Result<()> {
+    if wall_clock().abs_diff(host_ns) <= tolerance_ns {
         return Ok(());
     }
     clock_settime(ClockId::CLOCK_REALTIME, Duration::from_nanos(host_ns).into())
+}
+
+/// What the wall clock says, in nanoseconds since the Unix epoch.
+pub(crate) fn wall_clock() -> u64 {
+    nanoseconds(ClockId::CLOCK_REALTIME)
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {

@@ -1,17 +1,19 @@
 //! The containers of this guest: their roots and the texts every root gets.
 
 use std::{
+    borrow::Cow,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use mvm_protocol::{
-    Configure, ContainerSource, DiskFilesystem, Namespace, SetupRoot, Surroundings, limits::MAX_ROOTS,
+    Configure, ContainerSource, DeviceKind, DeviceNode, DeviceRule, DiskFilesystem, DiskNode, Namespace,
+    SetupRoot, Surroundings, limits::MAX_ROOTS,
 };
 use nix::{
     fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
     mount::MsFlags,
-    sys::stat::{SFlag, fstat},
+    sys::stat::{SFlag, fstat, major, minor, stat},
 };
 
 use crate::{
@@ -27,6 +29,9 @@ use crate::{
     sys::{bpf, trees},
 };
 
+/// Where programs look for the id of the machine they run on (machine-id(5)).
+const MACHINE_ID: &str = "etc/machine-id";
+
 /// All roots, and what is mounted for them.
 pub(crate) struct Containers {
     pub(crate) storage: Storage,
@@ -35,6 +40,8 @@ pub(crate) struct Containers {
     roots: Vec<Option<(String, Root)>>,
     /// Path below the root and text, of files the host decides.
     texts: Vec<(&'static str, String)>,
+    /// Text of the machine's id, if it has one.
+    machine_id: Option<String>,
 }
 
 impl Containers {
@@ -43,7 +50,7 @@ impl Containers {
         let rescan = (role == Role::Init).then(|| PathBuf::from("/sys/bus/pci/rescan"));
         let storage = Storage::new(role.directory(), PathBuf::from("/sys/block"), rescan);
         let cgroups = (role == Role::Init).then_some(Path::new(cgroup::MOUNT_POINT));
-        Self { storage, cgroups, roots: Vec::new(), texts: Vec::new() }
+        Self { storage, cgroups, roots: Vec::new(), texts: Vec::new(), machine_id: None }
     }
 
     /// Makes a container's root; its slot.
@@ -57,8 +64,14 @@ impl Containers {
         if slot >= MAX_ROOTS {
             return Err(Error::Busy("the guest has as many roots as it may"));
         }
-        let root = self.make(request).inspect_err(|_| self.storage.release(&request.id))?;
+        let mut root = self.make(request).inspect_err(|_| self.storage.release(&request.id))?;
         write_texts(&root, &self.texts);
+        if let Some(id) = &self.machine_id {
+            // A root that cannot be written is one without.
+            if let Ok(true) = root.write_if_blank(MACHINE_ID, id) {
+                root.machine_id = Some(id.clone());
+            }
+        }
         if slot == self.roots.len() {
             self.roots.push(None);
         }
@@ -70,6 +83,7 @@ impl Containers {
 
     fn make(&mut self, request: &SetupRoot) -> Result<Root> {
         let SetupRoot { id, lower, writable, surroundings } = request;
+        let surroundings = &self.with_disks(surroundings)?;
         let joined = self.joined(surroundings)?;
         let path = self.storage.mount_root(&mut Linux, id, lower, writable)?;
         let sources = self.sources(id, surroundings)?;
@@ -86,6 +100,32 @@ impl Containers {
             None => {}
         }
         Ok(root)
+    }
+
+    /// The same with the nodes of its disks and the right to use them, by the numbers they have here.
+    fn with_disks<'a>(&self, surroundings: &'a Surroundings) -> Result<Cow<'a, Surroundings>> {
+        let mut known = Cow::Borrowed(surroundings);
+        for DiskNode { path, serial, mode, uid, gid } in &surroundings.disks {
+            let device = self.storage.find_disk(serial)?;
+            let number = stat(device.as_str()).context(|| format!("cannot look at {device}"))?.st_rdev;
+            let of = |part: u64| {
+                u32::try_from(part).map_err(|_| Error::Invalid(format!("{device} has no number")))
+            };
+            let (kind, major, minor) = (DeviceKind::Block, of(major(number))?, of(minor(number))?);
+            let known = known.to_mut();
+            let (path, mode, uid, gid) = (path.clone(), *mode, *uid, *gid);
+            known.devices.push(DeviceNode { path, kind, major, minor, mode, uid, gid });
+            if !surroundings.device_rules.is_empty() {
+                known.device_rules.push(DeviceRule {
+                    allow: true,
+                    kind: Some(kind),
+                    major: Some(major),
+                    minor: Some(minor),
+                    access: "rwm".to_owned(),
+                });
+            }
+        }
+        Ok(known)
     }
 
     /// The name spaces that a root shares with others.
@@ -144,6 +184,36 @@ impl Containers {
             self.texts.push((path, text));
         }
         self.roots.iter().flatten().for_each(|(_, root)| write_texts(root, &self.texts));
+    }
+
+    /// The id of the machine that roots made from now on are told; 0 is none.
+    pub(crate) fn name_machine(&mut self, id: u128) {
+        self.machine_id = (id != 0).then(|| format!("{id:032x}\n"));
+    }
+
+    /// A root that was told the machine's id is told the one it has now, unless the container has written another.
+    pub(crate) fn tell_id(&mut self, root: &str) -> Result<()> {
+        let Some(id) = self.machine_id.clone() else { return Ok(()) };
+        let root = self.root_mut(root)?;
+        if let Some(old) = &root.machine_id
+            && *old != id
+            && root.says(MACHINE_ID, old)
+        {
+            root.write_file(MACHINE_ID, &id)?;
+            root.machine_id = Some(id);
+        }
+        Ok(())
+    }
+
+    /// Whether all processes of all containers are stopped, as far as the kernel can stop them.
+    pub(crate) fn are_frozen(&self) -> bool {
+        let frozen = |(_, root): &(String, Root)| root.cgroup.as_ref().is_none_or(Cgroup::frozen);
+        self.roots.iter().flatten().all(frozen)
+    }
+
+    /// Whether there is no root.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.roots.iter().all(Option::is_none)
     }
 
     /// The slot of the root of this id.

@@ -9,6 +9,7 @@
 
 mod agent;
 mod boot;
+mod bus;
 mod cgroup;
 mod clock;
 mod confinement;
@@ -20,6 +21,7 @@ mod error;
 mod files;
 mod flow;
 mod forward;
+mod hold;
 mod identity;
 mod kmsg;
 mod netlink;

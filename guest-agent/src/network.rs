@@ -1,8 +1,14 @@
 //! The guest's place in its network: loopback, interfaces by MAC address, routes, neighbours.
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
 use mvm_protocol::{Address, Configure, Interface};
 
 use crate::{
+    bus,
     error::{Context, Error, Result},
     netlink::{Link, Netlink, add_address, add_neighbour, add_route, rename_link, set_link},
 };
@@ -61,6 +67,16 @@ fn set_up(kernel: &mut Netlink, links: &mut [Link], interface: &Interface) -> Re
     Ok(())
 }
 
+/// Lets go of the card of this hardware address; with it go its addresses and routes.
+pub(crate) fn eject(sys_net: &Path, mac: [u8; 6]) -> Result<()> {
+    let text = mac.map(|byte| format!("{byte:02x}")).join(":");
+    let cards = fs::read_dir(sys_net).context(|| "cannot list network cards".into())?;
+    let is_it = |card: &PathBuf| fs::read_to_string(card.join("address")).is_ok_and(|it| it.trim() == text);
+    let card = cards.flatten().map(|card| card.path()).find(is_it);
+    let card = card.ok_or_else(|| Error::NotFound(format!("no interface has the MAC address {text}")))?;
+    bus::remove(&card.join("device"), || format!("cannot remove the function of the card {text}"))
+}
+
 fn index_of(links: &[Link], name: &str) -> Result<u32> {
     let link = links.iter().find(|link| link.name == name);
     link.map(|link| link.index).ok_or_else(|| Error::NotFound(format!("there is no interface {name}")))
@@ -85,6 +101,23 @@ mod tests {
         assert!(check(address("10.0.0.1", 33)).is_err());
         assert!(check(address("fd00::1", 128)).is_ok());
         assert!(check(address("fd00::1", 129)).is_err());
+    }
+
+    #[test]
+    fn a_card_is_ejected_by_its_address_and_one_that_is_not_there_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (net, function) = (dir.path().join("net"), dir.path().join("0000:00:05.0"));
+        fs::create_dir_all(function.join("virtio3")).unwrap();
+        fs::write(function.join("remove"), "").unwrap();
+        for (name, address) in [("lo", "00:00:00:00:00:00\n"), ("eth0", "02:00:00:00:00:0a\n")] {
+            fs::create_dir_all(net.join(name)).unwrap();
+            fs::write(net.join(name).join("address"), address).unwrap();
+        }
+        std::os::unix::fs::symlink(function.join("virtio3"), net.join("eth0/device")).unwrap();
+        let error = eject(&net, [2, 0, 0, 0, 0, 11]).unwrap_err().to_string();
+        assert_eq!(error, "no interface has the MAC address 02:00:00:00:00:0b");
+        eject(&net, [2, 0, 0, 0, 0, 10]).unwrap();
+        assert_eq!(fs::read_to_string(function.join("remove")).unwrap(), "1");
     }
 
     #[test]

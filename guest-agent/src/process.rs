@@ -47,8 +47,11 @@ impl StdioFiles {
                         Ok(inner)
                     }
                 };
-                let inner =
-                    [make(stdin, Kind::Input)?, make(stdout, Kind::Output)?, make(stderr, Kind::Output)?];
+                let inner = [
+                    make(stdin, Kind::Input)?,
+                    make(stdout, Kind::Output)?,
+                    make(stderr, Kind::ErrorOutput)?,
+                ];
                 Ok(Self { inner, terminal: false, outer })
             }
         }

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::Write,
     os::fd::{AsFd, OwnedFd},
+    path::Path,
 };
 
 use mvm_protocol::{PidNamespace, Reply, Request, STREAM_PORT, SignalTarget, Start, StreamHeader, Token};
@@ -14,6 +15,8 @@ use nix::{
 
 use crate::{
     agent::{Agent, root_key},
+    boot::Role,
+    clock,
     dial::Dialer,
     error::{Context, Error, Result},
     files, kmsg, network,
@@ -32,6 +35,9 @@ impl Agent {
     pub(crate) fn handle(&mut self, id: u64, request: Request) -> Option<Result<Reply>> {
         let done = |result: Result<()>| result.map(|()| Reply::Done);
         let later = |result: Result<()>| result.err().map(Err);
+        if !self.serves(&request) {
+            return Some(Err(Error::Busy("the machine is being saved")));
+        }
         Some(match request {
             Request::Ping => Ok(Reply::Done),
             Request::Mount(mounts) => done(self.containers.storage.mount_all(&mut Linux, &mounts)),
@@ -49,6 +55,7 @@ impl Agent {
             Request::Stats => Ok(Reply::Stats(stats::read(self.table.all_running().count()))),
             Request::Sync => return later(self.sync(id)),
             Request::Shutdown { mode, grace_ms } => {
+                self.release();
                 self.shutdown = Some(Shutdown::begin(mode, grace_ms));
                 self.signal_all(libc::SIGTERM);
                 Ok(Reply::Done)
@@ -66,7 +73,40 @@ impl Agent {
             Request::Forward { port, stream } => return self.forward(id, port, stream),
             Request::Rescan => done(self.containers.storage.rescan()),
             Request::Eject { serial } => done(self.containers.storage.eject(&serial)),
+            Request::Prepare => done(self.prepare()),
+            Request::Clock => Ok(Reply::Clock(clock::wall_clock())),
+            Request::AdjustClock { by_ns } => done(self.adjust_clock(by_ns)),
+            Request::Hold => done(self.hold()),
+            Request::Release => {
+                self.release();
+                Ok(Reply::Done)
+            }
+            Request::Attach { process, stdio } => self.attach(process, &stdio),
+            Request::Rename { root, hostname } => done(self.rename(&root, hostname.as_deref())),
+            Request::EjectCard { mac } => done(network::eject(Path::new("/sys/class/net"), mac)),
         })
+    }
+
+    /// The clock of a trial run is the developer's.
+    fn adjust_clock(&self, by_ns: i64) -> Result<()> {
+        if self.role != Role::Init {
+            return Err(Error::Invalid("this agent has no clock of its own".into()));
+        }
+        sys::adjust_wall_clock(by_ns).context(|| format!("cannot adjust the clock by {by_ns} ns"))
+    }
+
+    /// From here on a new host is awaited. Whatever is of a container would be in every clone.
+    fn prepare(&mut self) -> Result<()> {
+        let idle = self.containers.is_empty()
+            && self.table.entries().is_empty()
+            && self.syncs.is_empty()
+            && self.forwards.iter().all(Option::is_none)
+            && self.shutdown.is_none();
+        if !idle {
+            return Err(Error::Busy("the guest has containers or processes"));
+        }
+        self.awaiting = true;
+        Ok(())
     }
 
     fn set_up_root(&mut self, request: &mvm_protocol::SetupRoot) -> Result<()> {
@@ -197,10 +237,14 @@ pub(crate) fn open_stream(
     process: Option<u64>,
     (kind, token, end): (Kind, u64, OwnedFd),
 ) -> Result<Stream> {
+    Ok(Stream { process, kind, socket: dial_stream(dialer, Token(token))?, end })
+}
+
+/// A connection to the host for the stream of this token, non-blocking.
+pub(crate) fn dial_stream(dialer: &dyn Dialer, token: Token) -> Result<OwnedFd> {
     let socket = dialer.dial(STREAM_PORT).context(|| "cannot dial the stream port".into())?;
     let mut file = File::from(socket);
-    file.write_all(&StreamHeader { token: Token(token) }.encode())
-        .context(|| "cannot open a stream to the host".into())?;
+    file.write_all(&StreamHeader { token }.encode()).context(|| "cannot open a stream to the host".into())?;
     set_nonblocking(file.as_fd())?;
-    Ok(Stream { process, kind, socket: file.into(), end })
+    Ok(file.into())
 }

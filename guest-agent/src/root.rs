@@ -13,9 +13,12 @@ use mvm_protocol::{Namespace, Surroundings, limits::MAX_ID};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
-    sched::CloneFlags,
-    sys::{stat::Mode, wait::waitpid},
-    unistd::{Pid, pipe2},
+    sched::{CloneFlags, setns},
+    sys::{
+        stat::{Mode, SFlag, fstat},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{Pid, pipe2, sethostname},
 };
 
 use crate::{
@@ -46,6 +49,8 @@ pub(crate) struct Root {
     pub(crate) has_proc: bool,
     /// It is being removed.
     pub(crate) leaving: bool,
+    /// Text of the machine's id that was written into it.
+    pub(crate) machine_id: Option<String>,
 }
 
 /// The name spaces of a container, or those it shares; without one it is in the guest's.
@@ -111,20 +116,67 @@ impl Root {
             mount: own.mount,
         };
         let mounts = surroundings.mounts.iter().map(|mount| mount.target.clone()).collect();
-        Ok(Self { spaces, directory, bare, cgroup, proc, mounts, has_proc: false, leaving: false })
+        Ok(Self {
+            spaces,
+            directory,
+            bare,
+            cgroup,
+            proc,
+            mounts,
+            has_proc: false,
+            leaving: false,
+            machine_id: None,
+        })
     }
 
     /// Writes a small file of the root file system, replacing what is there. One that the container has mounted
     /// something over stays as it is: it could not be seen, and to replace it would take the mount away.
     pub(crate) fn write_file(&self, path: &str, text: &str) -> Result<()> {
-        let covers = |target: &String| {
-            let below = format!("/{path}/");
-            below.strip_prefix(target.trim_end_matches('/')).is_some_and(|rest| rest.starts_with('/'))
-        };
-        if self.mounts.iter().any(covers) {
+        if self.covers(path) {
             return Ok(());
         }
         write_in_root(self.bare.as_fd(), path, text).context(|| format!("cannot write /{path} in the root"))
+    }
+
+    /// The same, but a file that says something is left as it is; whether it was written.
+    pub(crate) fn write_if_blank(&self, path: &str, text: &str) -> Result<bool> {
+        if says_something(self.bare.as_fd(), path) {
+            return Ok(false);
+        }
+        self.write_file(path, text).map(|()| true)
+    }
+
+    /// Whether a file of the root file system says just this.
+    pub(crate) fn says(&self, path: &str, text: &str) -> bool {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        let Ok(file) = open_in_root(self.bare.as_fd(), path, flags) else { return false };
+        let mut bytes = Vec::new();
+        let most = (text.len() as u64).saturating_add(1);
+        File::from(file).take(most).read_to_end(&mut bytes).is_ok() && bytes == text.as_bytes()
+    }
+
+    /// Gives the host of its own name space another name; in a shared one that is not its to do.
+    pub(crate) fn rename_host(&self, name: &str) -> Result<()> {
+        let Some(uts) = &self.spaces.uts else { return Ok(()) };
+        let failed = || format!("cannot set the container's host name to {name}");
+        // A child enters the name space: the agent stays in its own.
+        let Some(pid) = sys::fork().context(failed)? else {
+            let named = setns(uts, CloneFlags::CLONE_NEWUTS).and_then(|()| sethostname(name));
+            sys::exit_now(named.map_or_else(|errno| errno as i32, |()| 0));
+        };
+        match waitpid(pid, None).context(failed)? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            WaitStatus::Exited(_, errno) => Err(Errno::from_raw(errno)).context(failed),
+            _ => Err(Errno::EINTR).context(failed),
+        }
+    }
+
+    /// Whether the container has mounted something over it.
+    fn covers(&self, path: &str) -> bool {
+        let below = format!("/{path}/");
+        self.mounts.iter().any(|target| {
+            below.strip_prefix(target.trim_end_matches('/')).is_some_and(|rest| rest.starts_with('/'))
+        })
     }
 }
 
@@ -181,6 +233,12 @@ fn open_spaces(pid: Pid, surroundings: &Surroundings) -> Result<(Spaces, OwnedFd
     Ok((spaces, open_proc("root", OFlag::O_PATH | OFlag::O_DIRECTORY)?))
 }
 
+/// Whether a file of the root is there and not empty. What is no file is not to be replaced.
+fn says_something(root: BorrowedFd<'_>, path: &str) -> bool {
+    let found = open_in_root(root, path, OFlag::O_PATH | OFlag::O_NOFOLLOW).and_then(fstat);
+    found.is_ok_and(|it| it.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() || it.st_size > 0)
+}
+
 fn write_in_root(root: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()> {
     let (directory, name) = path.rsplit_once('/').unwrap_or((".", path));
     if directory != "." {
@@ -208,6 +266,23 @@ mod tests {
         for bad in ["", ".", "..", ".a", "a/b", "a b", "ä", &"x".repeat(65)] {
             assert!(check_id(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_a_file_that_is_missing_or_empty_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        let root = File::open(dir.path()).unwrap();
+        let says = || says_something(root.as_fd(), "etc/machine-id");
+        assert!(!says());
+        let file = dir.path().join("etc/machine-id");
+        fs::write(&file, "").unwrap();
+        assert!(!says());
+        fs::write(&file, "0123\n").unwrap();
+        assert!(says());
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("nowhere", &file).unwrap();
+        assert!(says(), "a link is the image's own choice");
     }
 
     #[test]

@@ -4,9 +4,12 @@
 //! [`Kernel`], often in a forked child, where nothing may allocate and an error is only a number.
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsStr},
     fmt,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
 };
 
 use nix::{
@@ -28,6 +31,7 @@ use nix::{
 use mvm_protocol::{Capabilities, Rlimit, Scheduler};
 
 use crate::{
+    clock,
     surroundings::{Target, make_target, replace_below},
     sys::{
         self, confine,
@@ -100,6 +104,12 @@ pub(crate) enum Step<'a> {
     KeepCapabilities(bool),
     /// capset(2), then the ambient ones.
     Capabilities(Capabilities),
+    /// sethostname(2).
+    HostName(CString),
+    /// Bytes into the pool of randomness, and new seeds from it for whatever gives some out.
+    Reseed([u8; 32]),
+    /// clock_settime(2), unless the wall clock is right within a tolerance, in nanoseconds.
+    WallClock { ns: u64, tolerance_ns: u64 },
     /// A step that may fail.
     Try(Box<Step<'a>>),
 }
@@ -211,6 +221,9 @@ impl Kernel for Linux {
             Step::BoundCapabilities(keep) => confine::bound_capabilities(*keep),
             Step::KeepCapabilities(keep) => set_keepcaps(*keep),
             Step::Capabilities(sets) => confine::set_capabilities(sets),
+            Step::HostName(name) => nix::unistd::sethostname(OsStr::from_bytes(name.to_bytes())),
+            Step::Reseed(entropy) => reseed(*entropy),
+            Step::WallClock { ns, tolerance_ns } => clock::set_wall_clock(*ns, *tolerance_ns),
             Step::Try(step) => {
                 let _ = self.perform(step);
                 Ok(())
@@ -304,6 +317,14 @@ fn enter_root(path: &CStr) -> Result<()> {
     chdir(c"/")
 }
 
+/// Generators are seeded from the pool now and then only: without the second call what they give out next
+/// would still be that of the machine this one is a clone of.
+fn reseed(entropy: [u8; 32]) -> Result<()> {
+    let pool = open(c"/dev/urandom", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    sys::credit_entropy(&pool, entropy)?;
+    sys::reseed_generators(&pool)
+}
+
 fn write_file(path: &CStr, bytes: &[u8]) -> Result<()> {
     let file = open(path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
     write(&file, bytes).map(drop)
@@ -361,6 +382,9 @@ impl fmt::Display for Step<'_> {
             Self::BoundCapabilities(_) => write!(f, "cannot drop capabilities from the bounding set"),
             Self::KeepCapabilities(_) => write!(f, "cannot keep capabilities over a change of user"),
             Self::Capabilities(_) => write!(f, "cannot set the capabilities"),
+            Self::HostName(name) => write!(f, "cannot set the host name to {}", text(name)),
+            Self::Reseed(_) => write!(f, "cannot add the host's entropy"),
+            Self::WallClock { .. } => write!(f, "cannot set the clock"),
             Self::Try(step) => step.fmt(f),
         }
     }

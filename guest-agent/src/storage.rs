@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    io::Write,
     path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -11,6 +10,7 @@ use mvm_protocol::{DiskFilesystem, Lower, Mount, MountSource, Writable, limits};
 use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::{
+    bus,
     error::{Context, Error, Result},
     spawn::c_string,
     step::{Kernel, MountCall, Step},
@@ -228,7 +228,7 @@ impl Storage {
 
     /// The device whose virtio serial is this. Names like vda follow the order of probing and mean
     /// nothing. A disk that has just been attached may take a moment to show.
-    fn find_disk(&self, serial: &str) -> Result<String> {
+    pub(crate) fn find_disk(&self, serial: &str) -> Result<String> {
         if serial.is_empty() || serial.len() > MAX_SERIAL {
             return Err(Error::Invalid(format!("disk serial {serial:?} is not 1 to 20 bytes")));
         }
@@ -268,12 +268,12 @@ impl Storage {
         let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
         let disk = disks.flatten().map(|disk| disk.path()).find(|disk| has_serial(disk, serial));
         let disk = disk.ok_or_else(|| Error::NotFound(format!("no disk has the serial {serial}")))?;
-        // The disk's device is the virtio device, whose parent is the function.
-        let failed = || format!("cannot remove the function of disk {serial}");
-        let device = fs::canonicalize(disk.join("device")).context(failed)?;
-        let function = device.parent().ok_or_else(|| Error::NotFound(failed()))?;
-        let mut file = fs::File::options().write(true).open(function.join("remove")).context(failed)?;
-        file.write_all(b"1").context(failed)
+        bus::remove(&disk.join("device"), || format!("cannot remove the function of disk {serial}"))
+    }
+
+    /// Where the disks are mounted that can be written.
+    pub(crate) fn writable(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.directory.as_str())
     }
 
     fn look_for_disk(&self, serial: &str) -> Result<Option<String>> {

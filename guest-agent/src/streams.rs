@@ -31,9 +31,17 @@ const TERMINAL_REST: usize = 128 * 1024;
 pub(crate) enum Kind {
     Input,
     Output,
+    ErrorOutput,
     Terminal,
     /// A connection within the guest, whose directions end one by one.
     Connection,
+}
+
+impl Kind {
+    /// From the process alone.
+    fn is_output(self) -> bool {
+        matches!(self, Self::Output | Self::ErrorOutput)
+    }
 }
 
 /// A connection to the host and the process's end of the stream, both non-blocking.
@@ -49,6 +57,8 @@ pub(crate) struct Stream {
 pub(crate) struct Streams {
     slots: Vec<Slot>,
     buffer: Vec<u8>,
+    /// The machine is being saved: nothing moves.
+    held: bool,
 }
 
 enum Slot {
@@ -81,7 +91,7 @@ impl Interest {
 impl Streams {
     /// No streams yet.
     pub(crate) fn new() -> Self {
-        Self { slots: Vec::new(), buffer: vec![0; limits::STREAM_BUFFER] }
+        Self { slots: Vec::new(), buffer: vec![0; limits::STREAM_BUFFER], held: false }
     }
 
     /// Whether this many more streams may be opened.
@@ -95,7 +105,7 @@ impl Streams {
 
     /// Begins to pump a stream.
     pub(crate) fn add(&mut self, epoll: &Epoll, stream: Stream) {
-        let inward = (stream.kind != Kind::Output).then(Flow::default);
+        let inward = (!stream.kind.is_output()).then(Flow::default);
         let outward = (stream.kind != Kind::Input).then(Flow::default);
         let first = Interest {
             socket: inward.as_ref().map_or(EpollFlags::empty(), |_| EpollFlags::EPOLLIN),
@@ -121,6 +131,7 @@ impl Streams {
                 }
                 return None;
             }
+            Slot::Live(_) if self.held => return None,
             Slot::Live(live) => live,
         };
         let progress = live.turn(&mut self.buffer);
@@ -133,7 +144,7 @@ impl Streams {
             return None;
         };
         let Stream { process, kind, end, .. } = live.stream;
-        if matches!((progress, kind), (Progress::Left, Kind::Output)) {
+        if matches!(progress, Progress::Left) && kind.is_output() {
             watch(epoll, end.as_fd(), slot, (EpollFlags::empty(), EpollFlags::EPOLLIN));
             self.slots[slot] = Slot::Orphaned(end);
         }
@@ -181,6 +192,34 @@ impl Streams {
             }
         }
         Err(Error::NotFound(format!("process {process} has no terminal")))
+    }
+
+    /// Nothing moves from now on.
+    pub(crate) fn hold(&mut self, epoll: &Epoll) {
+        self.held = true;
+        for (slot, stream) in self.slots.iter_mut().enumerate() {
+            if let Slot::Live(live) = stream {
+                live.watch(epoll, slot, Interest::NONE);
+            }
+        }
+    }
+
+    /// Everything moves again; the processes of outputs that have ended by it.
+    pub(crate) fn release(&mut self, epoll: &Epoll) -> Vec<u64> {
+        self.held = false;
+        (0..self.slots.len()).filter_map(|slot| self.turn(epoll, slot)).collect()
+    }
+
+    /// A stream that is held leads to `socket` instead. One that has ended does not, and the host sees its end.
+    pub(crate) fn attach(&mut self, process: u64, kind: Kind, socket: OwnedFd) {
+        let is_it = |live: &Live| live.stream.process == Some(process) && live.stream.kind == kind;
+        let found = self.slots.iter_mut().find_map(|slot| match slot {
+            Slot::Live(live) if is_it(live) => Some(live),
+            _ => None,
+        });
+        if let Some(live) = found {
+            live.stream.socket = socket;
+        }
     }
 
     fn live(&mut self, slot: usize, process: u64) -> Option<&mut Live> {

@@ -134,6 +134,7 @@ pub(crate) fn check(surroundings: &Surroundings) -> Result<()> {
     let counts = [
         surroundings.mounts.len(),
         surroundings.devices.len(),
+        surroundings.disks.len(),
         surroundings.masked_paths.len(),
         surroundings.read_only_paths.len(),
         surroundings.sysctls.len(),

@@ -152,6 +152,44 @@ pub(crate) fn credit_entropy(random: impl AsFd, bytes: [u8; 32]) -> Result<()> {
     Errno::result(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDADDENTROPY, &info) }).map(drop)
 }
 
+/// Seeds the kernel's generators anew from the pool.
+pub(crate) fn reseed_generators(random: impl AsFd) -> Result<()> {
+    /// `_IO('R', 0x07)` of linux/random.h.
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    Errno::result(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
+}
+
+/// Sets the wall clock forward or back, at once and in one go: between reading a clock and setting it anything may
+/// come.
+pub(crate) fn adjust_wall_clock(by_ns: i64) -> Result<()> {
+    // SAFETY: all zero is a valid value of this plain structure of integers.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    // The fraction is never negative; with ADJ_NANO it is in nanoseconds.
+    change.time.tv_sec = by_ns.div_euclid(1_000_000_000);
+    change.time.tv_usec = by_ns.rem_euclid(1_000_000_000);
+    // SAFETY: clock_adjtime reads and writes one timex.
+    Errno::result(unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, &mut change) }).map(drop)
+}
+
+/// Nothing is written to the file system of `directory` from now on; whoever tries waits. What was written before is
+/// on its disk.
+pub(crate) fn freeze_filesystem(directory: BorrowedFd<'_>) -> Result<()> {
+    /// `_IOWR('X', 119, int)` of linux/fs.h.
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    // SAFETY: FIFREEZE reads and writes nothing, whatever its number says.
+    Errno::result(unsafe { libc::ioctl(directory.as_raw_fd(), FIFREEZE, 0) }).map(drop)
+}
+
+/// Ends that.
+pub(crate) fn thaw_filesystem(directory: BorrowedFd<'_>) -> Result<()> {
+    /// `_IOWR('X', 120, int)` of linux/fs.h.
+    const FITHAW: libc::c_ulong = 0xc004_5878;
+    // SAFETY: FITHAW reads and writes nothing, whatever its number says.
+    Errno::result(unsafe { libc::ioctl(directory.as_raw_fd(), FITHAW, 0) }).map(drop)
+}
+
 /// Gives every signal its default disposition and unblocks it. By the system call itself, because the C
 /// library keeps its hands on two signals that may have been inherited as ignored.
 pub(crate) fn reset_signals() -> Result<()> {

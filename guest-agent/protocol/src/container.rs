@@ -24,6 +24,8 @@ pub struct Surroundings {
     /// Which devices may be used: the last that fits decides, for each kind of access; what none fits is denied,
     /// but for the six devices every container has and its terminals. Empty allows those that exist.
     pub device_rules: Vec<DeviceRule>,
+    /// Disks whose nodes it gets, and may use.
+    pub disks: Vec<DiskNode>,
     /// Paths that read as empty.
     pub masked_paths: Vec<String>,
     /// Paths that cannot be written.
@@ -125,6 +127,21 @@ pub enum DeviceKind {
     Block,
     /// Named pipe.
     Fifo,
+}
+
+/// The node of a disk, whose numbers only the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskNode {
+    /// Where in the container.
+    pub path: String,
+    /// The disk's virtio serial.
+    pub serial: String,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
 }
 
 /// One rule about the use of devices (cgroup v2 device program).

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 pub const MAGIC: [u8; 4] = *b"mvmA";
 
 /// The version this crate speaks.
-pub const VERSION: Version = Version { major: 2, minor: 0 };
+pub const VERSION: Version = Version { major: 3, minor: 1 };
 
 /// A protocol version. Equal majors understand each other; the side with the higher minor keeps to the
 /// verbs of the lower.
@@ -29,9 +29,9 @@ pub struct Hello {
     pub agent_version: String,
     /// `uname -r` of the guest.
     pub kernel_release: String,
-    /// The kernel's boot id, so that the host tells a reboot from a reconnection.
-    pub boot_id: [u8; 16],
-    /// How many control connections this agent has opened before this one.
+    /// How many control connections this agent has opened before this one: 0 after a boot, more after a
+    /// reconnection and in a clone. The kernel's boot id is not told, because to read it is to make it, and
+    /// clones would share it.
     pub connection: u32,
     /// When the agent reached its stages.
     pub stages: StageTimes,
@@ -83,13 +83,15 @@ pub struct HelloAck {
     pub identity: Identity,
 }
 
-/// What makes one guest different from a clone of it.
+/// What makes one guest different from a clone of it. Assumed before the first request is served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// The machine's host name; empty leaves it as it is.
     pub hostname: String,
+    /// Text of `/etc/machine-id` in container roots that have none, as a number; 0 leaves them without.
+    pub machine_id: u128,
     /// The host's wall clock, nanoseconds since the Unix epoch; 0 leaves the guest's clock alone.
     pub wall_clock_ns: u64,
-    /// Fresh randomness, credited to the guest's pool.
+    /// Fresh randomness, credited to the guest's pool, from which its generators are seeded anew.
     pub entropy: [u8; 32],
 }

@@ -29,8 +29,8 @@ mod setup;
 mod stream;
 
 pub use container::{
-    Capabilities, Confinement, ContainerMount, ContainerSource, DeviceKind, DeviceNode, DeviceRule, Get, Got,
-    GotContent, Limits, Namespace, Namespaces, Place, Put, PutContent, PutEntry, Rlimit, RootStats,
+    Capabilities, Confinement, ContainerMount, ContainerSource, DeviceKind, DeviceNode, DeviceRule, DiskNode,
+    Get, Got, GotContent, Limits, Namespace, Namespaces, Place, Put, PutContent, PutEntry, Rlimit, RootStats,
     Scheduler, Surroundings,
 };
 pub use frame::{DecodeError, Decoder, EncodeError, HEADER_LEN, decode, encode};

@@ -28,10 +28,14 @@ pub const MAX_SHUTDOWN_MS: u32 = 60_000;
 pub const MAX_USER_DATABASE: usize = 1 << 20;
 /// Longest text of one cgroup file in a container's statistics, in bytes; the agent cuts what is longer.
 pub const MAX_STAT_TEXT: usize = 8192;
+/// Most files in a container's statistics.
+pub const MAX_STAT_FILES: usize = 64;
 /// Most process numbers in a container's statistics.
 pub const MAX_STAT_PIDS: usize = 4096;
 /// Most bytes of a file in one [`crate::Put`] or [`crate::Got`].
 pub const MAX_PART: usize = 512 * 1024;
+/// Most names in one [`crate::Got`]: each counts as its bytes and one more, and all together as a file's part.
+pub const MAX_PART_NAMES: usize = MAX_PART / 2;
 /// Most entries of each list of a container's surroundings.
 pub const MAX_SURROUNDINGS: usize = 1024;
 /// Most entries of one [`crate::Put`].

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Configure, ExitStatus, Get, Got, Hello, HelloAck, Limits, Mount, ProcessEntry, Put, RootStats, SetupRoot,
-    SignalTarget, Stamp, Start, Token, WindowSize,
+    SignalTarget, Stamp, Start, Stdio, Token, WindowSize,
 };
 
 /// What the host sends.
@@ -143,6 +143,46 @@ pub enum Request {
         /// The disk's virtio serial.
         serial: String,
     },
+    /// The machine is about to be saved, and to go on as others, each with a host of its own. Refused as
+    /// busy if there are containers or processes. Once it is answered nothing else is served but
+    /// [`Request::Ping`] and [`Request::Shutdown`], nothing wakes the agent, and it dials anew as soon as
+    /// this connection ends, until a host greets it.
+    Prepare,
+    /// What does the wall clock say? Answered with [`Reply::Clock`].
+    Clock,
+    /// Set the wall clock forward, or back. Unlike a time, a difference does not grow old on its way.
+    AdjustClock {
+        /// By so many nanoseconds.
+        by_ns: i64,
+    },
+    /// The machine is about to be saved with what is in it. Answered once nothing more reaches its disks or the
+    /// host; until [`Request::Release`] nothing else is served but [`Request::Ping`], [`Request::List`],
+    /// [`Request::Attach`] and [`Request::Shutdown`]. Refused as busy unless all containers are frozen. Should this
+    /// connection end meanwhile the agent dials anew: it may be in the machine that goes on from what was saved.
+    Hold,
+    /// Disks and streams go on after [`Request::Hold`].
+    Release,
+    /// Open the streams of a process anew; the host that had them is gone. Possible while the machine is held only.
+    /// Answered with [`Reply::Started`] once the streams are open. One that has ended meanwhile is opened and closed.
+    Attach {
+        /// The process, by the id it was started with.
+        process: u64,
+        /// The streams; a terminal's size is not changed.
+        stdio: Stdio,
+    },
+    /// The host of a container that goes on has another name, and its machine another id: both are told it, the id
+    /// only where it was told one before.
+    Rename {
+        /// The container root's id.
+        root: String,
+        /// Its host's name; nothing leaves it as it is.
+        hostname: Option<String>,
+    },
+    /// Let go of the network card of this hardware address: it is about to be unplugged.
+    EjectCard {
+        /// Its address.
+        mac: [u8; 6],
+    },
 }
 
 /// How a machine ends.
@@ -172,6 +212,8 @@ pub enum Reply {
     RootStats(RootStats),
     /// A file or a directory.
     Got(Got),
+    /// The guest's wall clock, in nanoseconds since the Unix epoch.
+    Clock(u64),
 }
 
 /// Why a request did not work.

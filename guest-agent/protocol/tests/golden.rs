@@ -24,7 +24,6 @@ fn hello() -> Hello {
         version: VERSION,
         agent_version: "0.1.0".into(),
         kernel_release: "6.12.1".into(),
-        boot_id: [7; 16],
         connection: 2,
         stages: StageTimes {
             agent_start: stamp(1_000_000),
@@ -161,6 +160,7 @@ fn surroundings() -> Surroundings {
             minor: Some(3),
             access: "rwm".into(),
         }],
+        disks: vec![DiskNode { path: "/dev/data".into(), serial: "d1".into(), mode: 0o660, uid: 1, gid: 2 }],
         masked_paths: vec!["/proc/kcore".into()],
         read_only_paths: vec!["/proc/sys".into()],
         read_only_root: true,
@@ -195,6 +195,7 @@ fn container_requests() -> Vec<(&'static str, Request)> {
         entry(PutContent::Link("b".into())),
         entry(PutContent::Remove),
     ];
+    let attached = Stdio::Pipes { stdin: None, stdout: Some(Token(5)), stderr: Some(Token(6)) };
     let set_up = SetupRoot {
         id: root(),
         lower: vec![],
@@ -213,6 +214,14 @@ fn container_requests() -> Vec<(&'static str, Request)> {
         ("forward", Request::Forward { port: 8080, stream: Token(9) }),
         ("rescan", Request::Rescan),
         ("eject", Request::Eject { serial: "d0".into() }),
+        ("prepare", Request::Prepare),
+        ("clock", Request::Clock),
+        ("adjust-clock", Request::AdjustClock { by_ns: -1_500_000 }),
+        ("hold", Request::Hold),
+        ("release", Request::Release),
+        ("attach", Request::Attach { process: 9, stdio: attached }),
+        ("rename", Request::Rename { root: root(), hostname: Some("badger".into()) }),
+        ("eject-card", Request::EjectCard { mac: [2, 0, 0, 0, 0, 1] }),
     ]
 }
 
@@ -226,6 +235,7 @@ fn container_replies() -> Vec<(&'static str, GuestMessage)> {
         ("reply-got-directory", got(GotContent::Directory(vec!["a".into()]))),
         ("reply-got-link", got(GotContent::Link("b".into()))),
         ("reply-got-other", got(GotContent::Other)),
+        ("reply-clock", response(Reply::Clock(1_700_000_000_000_000_000))),
     ]
 }
 
@@ -257,6 +267,7 @@ fn hello_ack() -> HostMessage {
         features: 0,
         identity: Identity {
             hostname: "otter".into(),
+            machine_id: 7,
             wall_clock_ns: 1_700_000_000_000_000_000,
             entropy: [9; 32],
         },

@@ -11,17 +11,18 @@ pub struct Failure {
     what: String,
     cause: Option<Box<dyn Error + Send + Sync>>,
     help: Option<String>,
+    refusal: bool,
 }
 
 impl Failure {
     /// A failure without a cause below it. `what` names operation and operand, lower case, no full stop.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), cause: None, help: None }
+        Self { what: what.into(), cause: None, help: None, refusal: false }
     }
 
     /// A failure brought about by `cause`, whose own sources follow it.
     pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { what: what.into(), cause: Some(cause.into()), help: None }
+        Self { what: what.into(), cause: Some(cause.into()), help: None, refusal: false }
     }
 
     /// Adds what to do next, unless a more precise hint is there already.
@@ -29,6 +30,24 @@ impl Failure {
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help.get_or_insert_with(|| help.into());
         self
+    }
+
+    /// Marks it as a refusal: nothing broke, but what was asked for cannot be had of what there is.
+    #[must_use]
+    pub fn refused(mut self) -> Self {
+        self.refusal = true;
+        self
+    }
+
+    /// Whether this failure or one of its causes is a refusal ([`Failure::refused`]).
+    pub fn is_refusal(&self) -> bool {
+        let mut cause = self.source();
+        let mut found = self.refusal;
+        while let Some(error) = cause {
+            found |= error.downcast_ref::<Self>().is_some_and(|failure| failure.refusal);
+            cause = error.source();
+        }
+        found
     }
 
     /// The remedy, this failure's own or that of the nearest cause that has one.
@@ -48,26 +67,32 @@ impl Failure {
 
     /// The host's word on what kind of error lies at the bottom, if an operating system error does.
     pub fn source_kind(&self) -> Option<std::io::ErrorKind> {
+        self.caused_by().map(std::io::Error::kind)
+    }
+
+    /// The nearest of its causes that is an `E`.
+    pub fn caused_by<E: Error + 'static>(&self) -> Option<&E> {
         let mut cause = self.source();
         while let Some(error) = cause {
-            if let Some(error) = error.downcast_ref::<std::io::Error>() {
-                return Some(error.kind());
+            if let Some(error) = error.downcast_ref::<E>() {
+                return Some(error);
             }
             cause = error.source();
         }
         None
     }
 
-    /// The whole text, several lines, as printed after a program's name.
+    /// The whole text, several lines, as printed after a program's name. It may name what a guest or an image has
+    /// called something: a terminal obeys none of it.
     pub fn report(&self) -> String {
-        let mut text = self.what.clone();
+        let mut text = shown(&self.what);
         let mut cause = self.source();
         while let Some(error) = cause {
-            text.push_str(&format!("\n  because: {error}"));
+            text.push_str(&format!("\n  because: {}", shown(&error.to_string())));
             cause = error.source();
         }
         if let Some(help) = self.remedy() {
-            text.push_str(&format!("\n  help:    {help}"));
+            text.push_str(&format!("\n  help:    {}", shown(help)));
         }
         text
     }
@@ -83,6 +108,23 @@ impl Error for Failure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.cause.as_deref().map(|cause| cause as &(dyn Error + 'static))
     }
+}
+
+/// A cause may be another process's report, which has lines of its own.
+fn shown(text: &str) -> String {
+    text.split('\n').map(escaped).collect::<Vec<_>>().join("\n")
+}
+
+/// Text that a terminal shows and does not obey: control characters are escaped.
+pub fn escaped(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    shown
 }
 
 /// Puts the operation in front of an error.
@@ -116,8 +158,28 @@ mod tests {
     }
 
     #[test]
+    fn a_report_has_nothing_that_a_terminal_obeys() {
+        let cause = std::io::Error::other("\u{1b}]0;owned\u{7}\r\u{9b}2Jä");
+        let report = Failure::because("cannot read a\u{1b}[2Jb", cause).help("\u{8}").report();
+        assert_eq!(report.chars().filter(|it| it.is_control() && *it != '\n').count(), 0, "{report}");
+        assert!(
+            report.contains("a\\u{1b}[2Jb") && report.ends_with("\\u{8}") && report.contains('ä'),
+            "{report}"
+        );
+    }
+
+    #[test]
     fn the_outer_help_wins_over_the_inner_one() {
         let inner = Failure::new("no such image").help("inner");
         assert_eq!(Failure::because("cannot run it", inner).help("outer").remedy(), Some("outer"));
+    }
+
+    #[test]
+    fn a_refusal_is_one_however_deep_it_lies_and_nothing_else_is() {
+        let refused = || Failure::new("it is paused").refused();
+        let deep = Failure::because("cannot restore it", Failure::because("it does not fit", refused()));
+        assert!(refused().is_refusal() && deep.is_refusal());
+        let broken = Failure::because("cannot read it", std::io::Error::from_raw_os_error(libc::EIO));
+        assert!(!broken.is_refusal());
     }
 }

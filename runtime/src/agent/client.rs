@@ -2,7 +2,8 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io::Read,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::unix::net::UnixStream,
     sync::{
         Arc, Mutex, PoisonError,
@@ -13,14 +14,15 @@ use std::{
 };
 
 use mvm_protocol::{
-    Configure, Confinement, Decoder, ExitStatus, GuestMessage, Hello, HelloAck, HostMessage, Identity, MAGIC,
-    Mount, PidNamespace, ProcessEntry, Reply, Request, SetupRoot, ShutdownMode, SignalTarget, Start, Stats,
-    Stdio, Token, User, VERSION, WindowSize, decode, encode,
+    Configure, Decoder, Hello, HelloAck, HostMessage, Identity, MAGIC, Mount, Reply, Request, SetupRoot,
+    ShutdownMode, Stats, Token, VERSION, encode,
 };
-use nix::unistd::pipe2;
+use nix::{fcntl::OFlag, unistd::pipe2};
 
 use super::{
     error::{Error, Result, printable},
+    hello::read_hello,
+    identity::wall_clock_ns,
     link::{Link, StreamSource},
     listener::io_error,
     state::Shared,
@@ -28,100 +30,31 @@ use super::{
 };
 
 /// Time for an ordinary call.
-pub(super) const CALL_TIME: Duration = Duration::from_secs(5);
+pub(super) const CALL_TIME: Duration = Duration::from_secs(15);
 /// Time for calls that mount, execute or write back disks.
 pub(super) const LONG_CALL_TIME: Duration = Duration::from_secs(60);
+/// Time for reading or writing a part of a file.
+pub(super) const FILE_TIME: Duration = Duration::from_secs(15);
 
 /// A connection to one guest's agent. Shared between threads by reference; dropping it closes the
 /// connection and stops its thread, and the guest goes on.
 #[derive(Debug)]
 pub struct AgentClient {
     hello: Hello,
+    heard_ns: u64,
     pub(super) shared: Arc<Shared>,
     /// Callers take turns to write; held for one frame at most, and for no other lock.
     writer: Mutex<UnixStream>,
-    next_id: AtomicU64,
+    pub(super) next_id: AtomicU64,
     /// Its other end tells the thread, by hanging up, that the client is gone.
-    _stop: std::os::fd::OwnedFd,
-}
-
-/// A process to run; see [`Start`] for the meaning of the fields.
-#[derive(Clone, Debug)]
-pub struct ProcessSpec {
-    /// The id of the container root it runs in; `None` is the agent's own.
-    pub root: Option<String>,
-    /// Program and arguments.
-    pub args: Vec<String>,
-    /// The whole environment, `NAME=value` each.
-    pub env: Vec<String>,
-    /// Working directory, absolute.
-    pub cwd: String,
-    /// Who it runs as.
-    pub user: User,
-    /// Its standard streams.
-    pub stdio: StdioSpec,
-    /// Which PID name space it lives in.
-    pub pid_namespace: PidNamespace,
-    /// `oom_score_adj`, -1000 to 1000.
-    pub oom_score_adj: i16,
-    /// What confines it.
-    pub confinement: Confinement,
-}
-
-/// Which standard streams of a process the host wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StdioSpec {
-    /// Those that are true; the others are `/dev/null`.
-    Pipes {
-        /// Standard input.
-        stdin: bool,
-        /// Standard output.
-        stdout: bool,
-        /// Standard error.
-        stderr: bool,
-    },
-    /// A terminal of this size.
-    Terminal(WindowSize),
-}
-
-impl ProcessSpec {
-    /// A program run as root in the agent's own root with output streams and no input.
-    pub fn new(args: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        Self {
-            root: None,
-            args: args.into_iter().map(Into::into).collect(),
-            env: Vec::new(),
-            cwd: "/".to_owned(),
-            user: User::Named(String::new()),
-            stdio: StdioSpec::Pipes { stdin: false, stdout: true, stderr: true },
-            pid_namespace: PidNamespace::Agent,
-            oom_score_adj: 0,
-            confinement: Confinement::default(),
-        }
-    }
-}
-
-/// A running process and the streams that were asked for, in blocking mode. Shutting down the writing
-/// side of a stream is end of file for the process.
-#[derive(Debug)]
-pub struct Process {
-    /// The id other calls name it by.
-    pub id: u64,
-    /// Its number in the guest's first PID name space.
-    pub pid: u32,
-    /// Towards its standard input.
-    pub stdin: Option<UnixStream>,
-    /// From its standard output.
-    pub stdout: Option<UnixStream>,
-    /// From its standard error.
-    pub stderr: Option<UnixStream>,
-    /// Its terminal, both ways.
-    pub terminal: Option<UnixStream>,
+    _stop: OwnedFd,
+    /// Its other end is the thread's.
+    lost: OwnedFd,
 }
 
 impl AgentClient {
     /// Answers the agent's hello on a control connection it has just opened. `streams` is where its
-    /// stream connections arrive.
+    /// stream connections arrive. A wall clock in `identity` is read anew when it is sent.
     pub fn connect(
         control: UnixStream,
         streams: impl StreamSource,
@@ -130,24 +63,38 @@ impl AgentClient {
     ) -> Result<Self> {
         let mut decoder = Decoder::new();
         let mut hello = read_hello(&control, &mut decoder, timeout)?;
+        let heard_ns = mvm_vmm::status::now();
         for text in [&mut hello.agent_version, &mut hello.kernel_release] {
             *text = printable(text);
         }
         let what = "cannot prepare the control connection";
         control.set_read_timeout(None).map_err(io_error(what))?;
         let writer = control.try_clone().map_err(io_error(what))?;
-        let (stop, _stop) =
-            pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|errno| io_error(what)(errno.into()))?;
+        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| io_error(what)(errno.into()));
+        let ((stop, _stop), (lost, held)) = (pipe()?, pipe()?);
         let shared = Arc::new(Shared::default());
-        let link = Link { shared: Arc::clone(&shared), control, decoder, streams, accepting: true, stop };
+        let link = Link {
+            shared: Arc::clone(&shared),
+            control,
+            decoder,
+            streams,
+            accepting: true,
+            stop,
+            _held: held,
+        };
         thread::Builder::new()
             .name("agent".to_owned())
             .spawn(move || link.run())
             .map_err(io_error("cannot start the agent's thread"))?;
         let writer = Mutex::new(writer);
-        let client = Self { hello, shared, writer, next_id: AtomicU64::new(1), _stop };
+        let client = Self { hello, heard_ns, shared, writer, next_id: AtomicU64::new(1), _stop, lost };
+        let mut identity = identity;
+        if identity.wall_clock_ns != 0 {
+            // The guest may have taken its time to call.
+            identity.wall_clock_ns = wall_clock_ns();
+        }
         let ack = HelloAck { magic: MAGIC, version: VERSION, features: 0, identity };
-        client.write(&HostMessage::HelloAck(ack))?;
+        client.write(&encode(&HostMessage::HelloAck(ack))?)?;
         Ok(client)
     }
 
@@ -156,9 +103,24 @@ impl AgentClient {
         &self.hello
     }
 
+    /// When that had come, on CLOCK_MONOTONIC in nanoseconds.
+    pub fn heard_ns(&self) -> u64 {
+        self.heard_ns
+    }
+
     /// Asks whether the agent is there.
     pub fn ping(&self) -> Result<()> {
         self.done(Request::Ping, CALL_TIME)
+    }
+
+    /// Whether the agent answers, be it by a refusal.
+    pub fn answers(&self) -> bool {
+        self.ping().map_or_else(|error| error.is_answer(), |()| true)
+    }
+
+    /// Hangs up once the connection is lost: every call fails from then on.
+    pub fn lost(&self) -> BorrowedFd<'_> {
+        self.lost.as_fd()
     }
 
     /// Makes mounts in the agent's own name space.
@@ -174,83 +136,6 @@ impl AgentClient {
     /// Sets host name, network and resolver.
     pub fn configure(&self, configure: Configure) -> Result<()> {
         self.done(Request::Configure(configure), CALL_TIME)
-    }
-
-    /// Runs a process; returns when its program runs and its streams are open.
-    pub fn start(&self, spec: ProcessSpec) -> Result<Process> {
-        let process = self.next_id();
-        let (stdio, tokens) = stdio(spec.stdio)?;
-        self.shared.expect_streams(&tokens);
-        let request = Start {
-            process,
-            root: spec.root,
-            args: spec.args,
-            env: spec.env,
-            cwd: spec.cwd,
-            user: spec.user,
-            stdio: stdio.clone(),
-            pid_namespace: spec.pid_namespace,
-            oom_score_adj: spec.oom_score_adj,
-            confinement: spec.confinement,
-        };
-        let result = self.started(Request::Start(Box::new(request)), process, &stdio);
-        if result.is_err() {
-            self.shared.forget_streams(&tokens);
-        }
-        result
-    }
-
-    fn started(&self, request: Request, id: u64, stdio: &Stdio) -> Result<Process> {
-        let Reply::Started { pid } = self.call(request, LONG_CALL_TIME)? else {
-            return Err(Error::WrongReply);
-        };
-        let stream =
-            |token: &Option<Token>| token.map(|token| self.shared.await_stream(token, CALL_TIME)).transpose();
-        let mut process = Process { id, pid, stdin: None, stdout: None, stderr: None, terminal: None };
-        match stdio {
-            Stdio::Terminal { stream: token, .. } => process.terminal = stream(&Some(*token))?,
-            Stdio::Pipes { stdin, stdout, stderr } => {
-                process.stdin = stream(stdin)?;
-                process.stdout = stream(stdout)?;
-                process.stderr = stream(stderr)?;
-            }
-        }
-        Ok(process)
-    }
-
-    /// How a process ended, waiting for it if need be; by then its output streams hold all it wrote. The
-    /// answer is given once.
-    pub fn wait(&self, process: u64, timeout: Option<Duration>) -> Result<ExitStatus> {
-        let status = self.shared.await_exit(process, timeout)?;
-        // The agent reports it again on its next connection unless it is told not to.
-        let id = self.next_id();
-        if self.shared.begin_call(id, true).is_ok() {
-            let _ = self.write(&HostMessage::Request { id, request: Request::Forget { process } });
-        }
-        Ok(status)
-    }
-
-    /// Sends a signal.
-    pub fn signal(&self, process: u64, signal: i32, target: SignalTarget) -> Result<()> {
-        self.done(Request::Signal { process, signal, target }, CALL_TIME)
-    }
-
-    /// Sets the size of a process's terminal.
-    pub fn resize(&self, process: u64, size: WindowSize) -> Result<()> {
-        self.done(Request::Resize { process, size }, CALL_TIME)
-    }
-
-    /// Closes a process's standard input, whatever its stream's state.
-    pub fn close_stdin(&self, process: u64) -> Result<()> {
-        self.done(Request::CloseStdin { process }, CALL_TIME)
-    }
-
-    /// The processes on the agent's record.
-    pub fn list(&self) -> Result<Vec<ProcessEntry>> {
-        match self.call(Request::List, CALL_TIME)? {
-            Reply::Processes(entries) => Ok(entries),
-            _ => Err(Error::WrongReply),
-        }
     }
 
     /// The guest's use of memory and CPU, by its own account.
@@ -272,6 +157,12 @@ impl AgentClient {
         self.done(Request::Shutdown { mode, grace_ms }, CALL_TIME)
     }
 
+    /// Has the agent get ready for the machine to be saved and to go on as others. When it ends, this connection
+    /// must not be taken up again by anything but those.
+    pub fn prepare(&self) -> Result<()> {
+        self.done(Request::Prepare, CALL_TIME)
+    }
+
     /// Kills for want of memory in a container root so far.
     pub fn memory_kills(&self, root: &str) -> u64 {
         self.shared.memory_kills(root)
@@ -285,24 +176,37 @@ impl AgentClient {
     }
 
     pub(super) fn call(&self, request: Request, timeout: Duration) -> Result<Reply> {
+        self.call_by(request, Instant::now() + timeout)
+    }
+
+    /// The same, by `end`: what it took to send the request is not added to the time for its answer.
+    pub(super) fn call_by(&self, request: Request, end: Instant) -> Result<Reply> {
         let id = self.next_id();
+        // First: a request that fits no frame gets no answer, and its place would stay taken.
+        let frame = encode(&HostMessage::Request { id, request })?;
         self.shared.begin_call(id, false)?;
-        self.write(&HostMessage::Request { id, request })?;
-        self.shared.await_answer(id, timeout)
+        self.write(&frame)?;
+        self.shared.await_answer(id, left(end))
+    }
+
+    /// Asks for something whose answer nobody waits for; whether that could be sent.
+    pub(super) fn tell(&self, request: Request) -> bool {
+        let id = self.next_id();
+        let Ok(frame) = encode(&HostMessage::Request { id, request }) else { return false };
+        self.shared.begin_call(id, true).is_ok() && self.write(&frame).is_ok()
     }
 
     /// Writes one frame. A frame that cannot be written whole ends the connection: what follows it could
     /// not be understood.
-    fn write(&self, message: &HostMessage) -> Result<()> {
-        let frame = encode(message)?;
+    fn write(&self, frame: &[u8]) -> Result<()> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        write_within(&writer, &frame, CALL_TIME).map_err(|source| {
+        write_within(&writer, frame, CALL_TIME).map_err(|source| {
             let _ = writer.shutdown(std::net::Shutdown::Both);
             Error::Io { what: "cannot write to the guest's agent".to_owned(), source }
         })
     }
 
-    fn next_id(&self) -> u64 {
+    pub(super) fn next_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 }
@@ -313,34 +217,9 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// The hello, which must be whole within the time.
-fn read_hello(mut control: &UnixStream, decoder: &mut Decoder, timeout: Duration) -> Result<Hello> {
-    let deadline = Instant::now() + timeout;
-    let mut chunk = [0; 4096];
-    loop {
-        if let Some(payload) = decoder.next_payload()? {
-            let guest = Hello::version_in(payload).ok_or(Error::NotHello)?;
-            if guest.major != VERSION.major {
-                return Err(Error::Version { guest, host: VERSION });
-            }
-            return match decode(payload)? {
-                GuestMessage::Hello(hello) => Ok(hello),
-                _ => Err(Error::NotHello),
-            };
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::Deadline { what: "say hello" });
-        }
-        control.set_read_timeout(Some(left)).map_err(io_error("cannot set a timeout"))?;
-        match control.read(&mut chunk) {
-            Ok(0) => return Err(Error::Lost { reason: "it was closed before the hello".to_owned() }),
-            Ok(count) => decoder.push(chunk.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(io_error("cannot read the agent's hello")(error)),
-        }
-    }
+/// Time until `end`.
+pub(super) fn left(end: Instant) -> Duration {
+    end.saturating_duration_since(Instant::now())
 }
 
 /// Tokens that nobody can guess.
@@ -352,26 +231,4 @@ pub(super) fn tokens(count: usize) -> Result<Vec<Token>> {
         Ok(Token(u64::from_ne_bytes(bytes)))
     };
     (0..count).map(|_| token()).collect()
-}
-
-/// What the agent is asked for, and the tokens of it.
-fn stdio(spec: StdioSpec) -> Result<(Stdio, Vec<Token>)> {
-    let wanted = match spec {
-        StdioSpec::Terminal(_) => 1,
-        StdioSpec::Pipes { stdin, stdout, stderr } => {
-            [stdin, stdout, stderr].into_iter().filter(|wanted| *wanted).count()
-        }
-    };
-    let tokens = tokens(wanted)?;
-    let mut unused = tokens.iter().copied();
-    let stdio = match spec {
-        StdioSpec::Terminal(size) => {
-            Stdio::Terminal { stream: unused.next().ok_or(Error::WrongReply)?, size }
-        }
-        StdioSpec::Pipes { stdin, stdout, stderr } => {
-            let mut token = |wanted: bool| if wanted { unused.next() } else { None };
-            Stdio::Pipes { stdin: token(stdin), stdout: token(stdout), stderr: token(stderr) }
-        }
-    };
-    Ok((stdio, tokens))
 }

@@ -1,12 +1,16 @@
 //! Calls about containers: what they may use, what they use, their files, ports and disks.
 
-use std::{os::unix::net::UnixStream, sync::Arc};
+use std::{
+    os::unix::net::UnixStream,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use mvm_protocol::{Get, Got, Limits, Put, Reply, Request, RootStats, limits};
+use mvm_protocol::{Get, Got, GotContent, Limits, Put, Reply, Request, RootStats, limits};
 
 use super::{
-    client::{AgentClient, CALL_TIME, LONG_CALL_TIME, tokens},
-    error::{Error, Result},
+    client::{AgentClient, CALL_TIME, FILE_TIME, LONG_CALL_TIME, left, tokens},
+    error::{Error, Result, at_most},
 };
 
 impl AgentClient {
@@ -25,6 +29,8 @@ impl AgentClient {
     pub fn root_stats(&self, root: &str) -> Result<RootStats> {
         match self.call(Request::RootStats { root: root.to_owned() }, CALL_TIME)? {
             Reply::RootStats(mut stats) => {
+                at_most("files of statistics", stats.files.len(), limits::MAX_STAT_FILES)?;
+                at_most("process numbers", stats.pids.len(), limits::MAX_STAT_PIDS)?;
                 stats.files.iter_mut().for_each(|(_, text)| cut(text, limits::MAX_STAT_TEXT));
                 Ok(stats)
             }
@@ -41,13 +47,36 @@ impl AgentClient {
 
     /// Puts files into the guest. A file larger than [`limits::MAX_PART`] takes several calls.
     pub fn put(&self, put: Put) -> Result<()> {
-        self.done(Request::Put(put), LONG_CALL_TIME)
+        self.done(Request::Put(put), FILE_TIME)
+    }
+
+    /// The same, by `end` at the latest.
+    pub fn put_by(&self, put: Put, end: Instant) -> Result<()> {
+        self.done(Request::Put(put), within(FILE_TIME, end)?)
     }
 
     /// Reads a part of a file or a directory of the guest.
     pub fn get(&self, get: Get) -> Result<Got> {
-        match self.call(Request::Get(get), LONG_CALL_TIME)? {
-            Reply::Got(got) => Ok(got),
+        self.got(get, FILE_TIME)
+    }
+
+    /// The same, by `end` at the latest.
+    pub fn get_by(&self, get: Get, end: Instant) -> Result<Got> {
+        self.got(get, within(FILE_TIME, end)?)
+    }
+
+    fn got(&self, get: Get, time: Duration) -> Result<Got> {
+        match self.call(Request::Get(get), time)? {
+            Reply::Got(got) => {
+                match &got.content {
+                    GotContent::File(part) => at_most("bytes of a file", part.len(), limits::MAX_PART)?,
+                    GotContent::Directory(names) => {
+                        at_most("names", names.len(), limits::MAX_PART_NAMES)?;
+                    }
+                    GotContent::Link(_) | GotContent::Other => {}
+                }
+                Ok(got)
+            }
             _ => Err(Error::WrongReply),
         }
     }
@@ -56,8 +85,12 @@ impl AgentClient {
     pub fn forward(&self, port: u16) -> Result<UnixStream> {
         let token = tokens(1)?.pop().ok_or(Error::WrongReply)?;
         self.shared.expect_streams(&[token]);
-        let request = Request::Forward { port, stream: token };
-        let stream = self.done(request, CALL_TIME).and_then(|()| self.shared.await_stream(token, CALL_TIME));
+        let end = Instant::now() + CALL_TIME;
+        let stream = match self.call_by(Request::Forward { port, stream: token }, end) {
+            Ok(Reply::Done) => self.shared.await_stream(token, left(end)),
+            Ok(_) => Err(Error::WrongReply),
+            Err(error) => Err(error),
+        };
         if stream.is_err() {
             self.shared.forget_streams(&[token]);
         }
@@ -74,11 +107,22 @@ impl AgentClient {
         self.done(Request::Eject { serial: serial.to_owned() }, CALL_TIME)
     }
 
+    /// The same, by `end` at the latest.
+    pub fn eject_by(&self, serial: &str, end: Instant) -> Result<()> {
+        self.done(Request::Eject { serial: serial.to_owned() }, within(CALL_TIME, end)?)
+    }
+
     /// Has `heard` told, on the client's thread, of each container root in which the kernel has killed for
     /// want of memory, and how often so far. It must not wait, nor call this client.
     pub fn on_memory_kill(&self, heard: impl Fn(&str, u64) + Send + Sync + 'static) {
         self.shared.on_memory_kill(Arc::new(heard));
     }
+}
+
+/// What of a call's time is left until `end`. Nothing is asked for which there is none.
+fn within(time: Duration, end: Instant) -> Result<Duration> {
+    let left = left(end);
+    if left.is_zero() { Err(Error::Deadline { what: "answer" }) } else { Ok(time.min(left)) }
 }
 
 /// Cuts a text to its bound.

@@ -2,7 +2,12 @@
 
 use std::io;
 
-use mvm_protocol::{DecodeError, EncodeError, Failure, FailureKind, Version, limits::MAX_GUEST_TEXT};
+use mvm_protocol::{
+    DecodeError, EncodeError, Failure, FailureKind, Version,
+    limits::{MAX_GUEST_TEXT, MAX_PROCESSES},
+};
+
+use crate::failure::escaped;
 
 /// What can go wrong between host and agent.
 #[derive(Debug, thiserror::Error)]
@@ -48,9 +53,25 @@ pub enum Error {
     /// Too many requests wait for answers.
     #[error("too many requests wait for the guest's agent")]
     Busy,
+    /// The guest has as many processes as it may.
+    #[error("the guest has {MAX_PROCESSES} processes that have not ended, and may have no more")]
+    Crowded,
+    /// The process was given up.
+    #[error("its end is not waited for any more")]
+    Abandoned,
     /// The answer is not one to this request.
     #[error("the guest's agent answered with something else")]
     WrongReply,
+    /// The answer holds more than any agent may say.
+    #[error("the guest's agent answered with {count} {what}, and may with at most {most}")]
+    Excess {
+        /// What there are too many of.
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// As many as are taken.
+        most: usize,
+    },
     /// The agent refused; its own words, cut and escaped.
     #[error("{message}")]
     Refused {
@@ -81,6 +102,18 @@ impl Error {
     }
 }
 
+/// A list of a guest's is no longer than it may be.
+pub(super) fn at_most(what: &'static str, count: usize, most: usize) -> Result<()> {
+    if count > most { Err(Error::Excess { what, count, most }) } else { Ok(()) }
+}
+
+impl Error {
+    /// Whether the agent has answered, be it by a refusal: the next call is worth its time.
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::WrongReply | Self::Excess { .. })
+    }
+}
+
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         // Only numbers Linux knows become a source: its text comes from the host's C library.
@@ -97,13 +130,5 @@ impl From<Failure> for Error {
 /// Text of the guest's that is safe to show: cut to its bound, control characters escaped.
 pub(super) fn printable(text: &str) -> String {
     let whole = |&(at, character): &(usize, char)| at.saturating_add(character.len_utf8()) <= MAX_GUEST_TEXT;
-    text.char_indices().take_while(whole).flat_map(|(_, character)| escape(character)).collect()
-}
-
-fn escape(character: char) -> impl Iterator<Item = char> {
-    let (plain, escaped) = match character.is_control() {
-        true => (None, Some(character.escape_default())),
-        false => (Some(character), None),
-    };
-    plain.into_iter().chain(escaped.into_iter().flatten())
+    escaped(&text.char_indices().take_while(whole).map(|(_, character)| character).collect::<String>())
 }

@@ -50,6 +50,8 @@ pub(super) struct Link<S> {
     pub(super) accepting: bool,
     /// Readable, or hung up, when the client is dropped.
     pub(super) stop: OwnedFd,
+    /// Closed when the connection is lost, and its loss is known to every call.
+    pub(super) _held: OwnedFd,
 }
 
 /// A stream connection whose header is on the way.

@@ -9,16 +9,24 @@
 //! call has a deadline. A guest that breaks the protocol loses its connection, and nothing else.
 
 mod client;
+mod clock;
 mod containers;
 mod error;
+mod held;
+mod hello;
+mod identity;
 mod link;
 mod listener;
+mod lives;
+mod processes;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod writing;
 
-pub use client::{AgentClient, Process, ProcessSpec, StdioSpec};
+pub use client::AgentClient;
 pub use error::{Error, Result};
+pub use identity::fresh_identity;
 pub use link::StreamSource;
 pub use listener::AgentListener;
+pub use processes::{Process, ProcessSpec, StdioSpec};

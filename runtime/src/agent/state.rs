@@ -9,7 +9,10 @@ use std::{
 
 use mvm_protocol::{Event, ExitStatus, Failure, GuestMessage, Reply, Token, limits};
 
-use super::error::{Error, Result};
+use super::{
+    error::{Error, Result},
+    lives::Lives,
+};
 
 /// Behind one lock, held only for look-ups, never while anything is read or written.
 #[derive(Default)]
@@ -23,8 +26,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     /// Requests without an answer that was fetched.
     calls: BTreeMap<u64, Call>,
-    /// Exits that were reported; bounded, because a guest may report processes nobody started.
-    exits: HashMap<u64, ExitStatus>,
+    /// Its processes.
+    lives: Lives,
     /// Streams the guest was asked to open.
     streams: HashMap<Token, Option<UnixStream>>,
     /// Kills for want of memory, by container root.
@@ -114,7 +117,28 @@ impl Shared {
 
     /// How a process ended.
     pub(super) fn await_exit(&self, process: u64, timeout: Option<Duration>) -> Result<ExitStatus> {
-        self.wait(timeout, "report an exit", |state| state.exits.remove(&process))
+        self.wait(timeout, "report an exit", |state| state.lives.fetch(process))?
+    }
+
+    /// A process is about to be started, or another host has started it.
+    pub(super) fn begin_process(&self, process: u64) -> Result<()> {
+        self.lock().lives.begin(process)
+    }
+
+    /// The guest has no record of a process, or drops it.
+    pub(super) fn forget_process(&self, process: u64) {
+        self.lock().lives.forget(process);
+    }
+
+    /// Whoever waits for a process's end does so no more.
+    pub(super) fn abandon_process(&self, process: u64) {
+        self.lock().lives.abandon(process);
+        self.changed.notify_all();
+    }
+
+    /// Processes that were given up and have ended since.
+    pub(super) fn over(&self) -> Vec<u64> {
+        self.lock().lives.over()
     }
 
     /// Kills for want of memory in a container root so far.
@@ -208,10 +232,7 @@ impl State {
                 None => return Err("it answered a request that was not made"),
             },
             GuestMessage::Event(Event::Exited { process, status, .. }) => {
-                if self.exits.len() >= 2 * limits::MAX_PROCESSES && !self.exits.contains_key(&process) {
-                    return Err("it reported more exits than it may have processes");
-                }
-                self.exits.entry(process).or_insert(status);
+                self.lives.exited(process, status)?;
             }
             GuestMessage::Event(Event::OutOfMemory { root, kills }) => {
                 if root.len() > limits::MAX_ID
@@ -296,13 +317,6 @@ mod tests {
         assert_eq!(shared.await_exit(3, None).unwrap(), ExitStatus::Code(1));
         assert!(matches!(shared.await_exit(4, None), Err(Error::Lost { reason }) if reason == "gone"));
         assert!(matches!(shared.begin_call(1, false), Err(Error::Lost { .. })));
-    }
-
-    #[test]
-    fn exits_of_processes_nobody_started_are_bounded() {
-        let shared = Shared::default();
-        let flood = (0..10_000).find(|&process| shared.take(exited(process)).is_err());
-        assert_eq!(flood, Some(2 * limits::MAX_PROCESSES as u64));
     }
 
     #[test]

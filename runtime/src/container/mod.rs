@@ -3,30 +3,28 @@
 mod cost;
 mod process;
 mod spec;
-mod timeline;
 
 pub use cost::Cost;
 pub(crate) use process::start_failure;
 pub use process::{NotRunnable, Overrides};
 pub use spec::{CapName, Volume, Wishes, spec};
-pub use timeline::Timeline;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mvm_protocol::{
-    Configure, DiskFilesystem, Identity, Lower, SetupRoot, ShutdownMode, Surroundings, Writable,
-};
+use mvm_devices::virtio::{DeviceSpec, balloon};
+use mvm_protocol::{Configure, DiskFilesystem, Lower, SetupRoot, ShutdownMode, Surroundings, Writable};
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 use mvm_vmm::kvm::probe::PVM;
 
-use crate::agent::{AgentClient, Process, ProcessSpec};
+use crate::agent::{AgentClient, Process, ProcessSpec, fresh_identity};
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
 use crate::image::{Error, Progress, Rootfs, Source, Store, full_name};
-use crate::machine::{Disk, Machine, Plan, prepare};
+use crate::machine::{Disk, Kernel, Machine, Origin, Plan, prepare};
 use crate::net::{Connection, Net, NetRequest};
+use crate::timeline::{START, Timeline, Track};
 
 /// Name under which the agent keeps the container's root.
 pub const ROOT: &str = "main";
@@ -35,13 +33,13 @@ const ROOT_SERIAL: &str = "root";
 /// Virtio serial of the disk that writes go to.
 const UPPER_SERIAL: &str = "upper";
 /// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
-const AGENT_TIME: Duration = Duration::from_secs(60);
+pub(crate) const AGENT_TIME: Duration = Duration::from_secs(60);
 /// Time processes get between being asked to end and being killed.
-const GRACE: Duration = Duration::from_secs(10);
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
 /// Time a guest gets after that to write its disk back and power off. One that lies about it gets no more.
-const END_TIME: Duration = Duration::from_secs(60);
+pub(crate) const END_TIME: Duration = Duration::from_secs(60);
 /// The guest kernel's command line. Each word and its gain is explained beside the kernel's configuration.
-pub const CMDLINE: &str = "quiet noreplace-smp rcupdate.rcu_expedited=1 \
+pub const CMDLINE: &str = "quiet noreplace-smp rcupdate.rcu_expedited=1 memory_hotplug.online_policy=auto-movable \
      initcall_blacklist=slab_late_init,param_sysfs_builtin_init";
 
 /// What a container is made of.
@@ -89,7 +87,14 @@ pub struct Container {
 
 /// Where mvm keeps what outlives a machine: `MVM_STATE`, or `/var/lib/mvm`.
 pub fn state_dir() -> PathBuf {
-    std::env::var_os("MVM_STATE").map_or_else(|| PathBuf::from("/var/lib/mvm"), PathBuf::from)
+    directory_of("MVM_STATE", "/var/lib/mvm")
+}
+
+/// The directory that a variable names, or else `default`; absolute, because processes elsewhere are told of it.
+pub(crate) fn directory_of(variable: &str, default: &str) -> PathBuf {
+    let named = std::env::var_os(variable).filter(|it| !it.is_empty()).unwrap_or_else(|| default.into());
+    // Only a process whose directory is gone has none.
+    std::path::absolute(&named).unwrap_or_else(|_| named.into())
 }
 
 /// The image as a root file system, from the store or made now: by its path, or by a name it has in the store.
@@ -134,21 +139,24 @@ impl Container {
         }
         let guest = GuestFiles::find()?;
         let initrd = guest.initrd(&state.join("guest"))?;
-        let connection = request.net.connect(request.id.as_str())?;
+        let connection = request.net.connect(request.id.as_str(), None)?;
         let plan = plan(request, image, guest, initrd, connection.nets.clone());
         let prepared = prepare(&plan)?;
         let stderr = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned().ok();
+        let timeline = Timeline::default();
         let mut machine = prepared.start(stderr)?;
-        let mut timeline = Timeline::begin(machine.spawned_ns());
-        let agent = Arc::new(machine.agent(identity(&request.id), AGENT_TIME)?);
-        timeline.machine(&mut machine)?;
-        timeline.reach("agent says hello");
-        agent.set_up_root(root(request)).context(|| "cannot set the container's root up".to_owned())?;
-        timeline.reach("root is mounted");
-        agent
-            .configure(place(&request.id, &connection))
-            .context(|| "cannot configure the guest".to_owned())?;
-        timeline.reach("guest is configured");
+        timeline.spawned(&machine);
+        let identity = fresh_identity(request.id.to_string())?;
+        let agent = Arc::new(timeline.agent(&mut machine, identity, AGENT_TIME)?);
+        {
+            let _stage = timeline.begin(Track::Agent, "set up container");
+            agent.set_up_root(root(request)).context(|| "cannot set the container's root up".to_owned())?;
+        }
+        {
+            let _stage = timeline.begin(Track::Agent, "configure guest");
+            let place = place(&request.id, &connection);
+            agent.configure(place).context(|| "cannot configure the guest".to_owned())?;
+        }
         Ok(Self { machine, agent, timeline, upper: request.upper.clone(), _connection: connection })
     }
 
@@ -172,9 +180,8 @@ impl Container {
     /// [`NotRunnable`] at the bottom if the program is missing or cannot be executed.
     pub fn start(&mut self, spec: ProcessSpec) -> Result<Process, Failure> {
         let program = spec.args.first().cloned().unwrap_or_default();
-        let process = self.agent.start(spec).map_err(|error| process::start_failure(&program, error))?;
-        self.timeline.reach("process runs");
-        Ok(process)
+        let _stage = self.timeline.begin(Track::Agent, START);
+        self.agent.start(spec).map_err(|error| process::start_failure(&program, error))
     }
 }
 
@@ -189,29 +196,26 @@ fn plan(request: &Request, image: &Rootfs, guest: GuestFiles, initrd: PathBuf, n
     if let Upper::Disk(path) = &request.upper {
         disks.push(disk(path, UPPER_SERIAL, false));
     }
+    let kernel = Kernel { image: guest.kernel, initrd: Some(initrd), cmdline: CMDLINE.to_owned() };
     Plan {
-        id: request.id.clone(),
         cpus: request.cpus,
         memory: request.memory,
-        kernel: guest.kernel,
-        initrd: Some(initrd),
-        cmdline: CMDLINE.to_owned(),
         disks,
         nets,
-        netns: None,
-        console: None,
-        vsock: true,
-        devices: Vec::new(),
+        devices: devices(),
         sockets: request.sockets.clone(),
+        ..Plan::new(request.id.clone(), Origin::Kernel(kernel))
     }
 }
 
-fn identity(id: &MachineId) -> Identity {
-    let mut entropy = [0; 32];
-    // Without it the guest still has its CPU's and its kernel's own randomness.
-    let _ = mvm_devices::sys::random(&mut entropy);
-    let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Identity { hostname: id.to_string(), wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(0), entropy }
+/// Says whether there are [`devices`] by which guests give memory back: `on` or `off`.
+pub const REPORTING: &str = "MVM_FREE_PAGE_REPORTING";
+
+/// What every container's machine has besides disks, cards and the vsock: a balloon, through which the guest tells which
+/// of its memory is free, so that the host has that back. The environment may do without it, by `off`.
+pub fn devices() -> Vec<DeviceSpec> {
+    let off = std::env::var_os(REPORTING).is_some_and(|choice| choice == "off");
+    if off { Vec::new() } else { vec![DeviceSpec::Balloon(balloon::Config::default())] }
 }
 
 fn root(request: &Request) -> SetupRoot {

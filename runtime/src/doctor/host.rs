@@ -112,7 +112,7 @@ fn memory() -> Row {
 }
 
 /// Memory that can be had without swapping, in MiB.
-fn available_mib() -> Option<u64> {
+pub(super) fn available_mib() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
@@ -131,6 +131,6 @@ fn page_merging() -> Row {
     }
 }
 
-fn number(path: &str) -> Option<u64> {
+pub(super) fn number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -1,5 +1,6 @@
 //! Checks whether this host can run machines, and says what to do where it cannot.
 
+mod density;
 mod host;
 mod kvm;
 
@@ -46,11 +47,12 @@ impl Row {
     }
 }
 
-/// Looks at everything. Takes a few milliseconds, changes nothing.
-pub fn examine() -> Vec<Row> {
+/// Looks at everything, and at what `containers` at once would want. Takes a few milliseconds, changes nothing.
+pub fn examine(containers: Option<u64>) -> Vec<Row> {
     let mut rows = kvm::rows();
     rows.push(guest_files());
     rows.extend(host::rows());
+    rows.extend(containers.map(density::rows).unwrap_or_default());
     rows
 }
 

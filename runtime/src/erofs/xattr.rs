@@ -24,7 +24,13 @@ const PREFIXES: [(&[u8], u8); 5] = [
 
 /// The extended attributes of one node, by full name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Xattrs(BTreeMap<Box<[u8]>, Box<[u8]>>);
+pub struct Xattrs {
+    entries: BTreeMap<Box<[u8]>, Box<[u8]>>,
+    /// Bytes of names and values. Kept, as the next is: whoever sets many asks each time.
+    bytes: usize,
+    /// Bytes of all entries in an image.
+    cost: usize,
+}
 
 impl Xattrs {
     /// Sets an attribute. False, and nothing is changed, if an image cannot hold it: an unknown
@@ -32,33 +38,41 @@ impl Xattrs {
     #[must_use]
     pub fn set(&mut self, name: &[u8], value: &[u8]) -> bool {
         let fits = |name: &[u8]| split(name).is_some_and(|(_, rest)| rest.len() <= 255);
-        let others = self.0.iter().filter(|(other, _)| ***other != *name);
-        let bytes: usize = others.map(|(name, value)| cost(name, value)).sum();
-        if !fits(name) || value.len() > usize::from(u16::MAX) || bytes + cost(name, value) > MAX_XATTR_BYTES {
+        let old = self.entries.get(name).map_or((0, 0), |old| (name.len() + old.len(), cost(name, old)));
+        // What the old value takes is in the sums.
+        let (bytes, others) = (self.bytes - old.0, self.cost - old.1);
+        if !fits(name) || value.len() > usize::from(u16::MAX) || others + cost(name, value) > MAX_XATTR_BYTES
+        {
             return false;
         }
-        self.0.insert(name.into(), value.into());
+        (self.bytes, self.cost) = (bytes + name.len() + value.len(), others + cost(name, value));
+        self.entries.insert(name.into(), value.into());
         true
     }
 
     /// Names and values, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.0.iter().map(|(name, value)| (&**name, &**value))
+        self.entries.iter().map(|(name, value)| (&**name, &**value))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.entries.is_empty()
     }
 
     /// Bytes of names and values.
     pub fn bytes(&self) -> usize {
-        self.0.iter().map(|(name, value)| name.len() + value.len()).sum()
+        self.bytes
     }
 
     /// Bytes taken behind the inode.
     pub(super) fn encoded_len(&self) -> usize {
-        if self.0.is_empty() { 0 } else { HEADER + self.iter().map(|(n, v)| cost(n, v)).sum::<usize>() }
+        if self.is_empty() { 0 } else { HEADER + self.cost }
     }
 
     /// `i_xattr_icount`: the header counts as one, what follows in units of four bytes.
@@ -71,7 +85,7 @@ impl Xattrs {
     }
 
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
-        if self.0.is_empty() {
+        if self.is_empty() {
             return;
         }
         out.extend_from_slice(&[0; HEADER]);
@@ -126,6 +140,22 @@ mod tests {
         assert!(!xattrs.set(b"user.b", &[1; 6_000]));
         assert!(xattrs.set(b"user.a", &[1; 65_000]), "a value takes the place of the old one");
         assert!(!xattrs.set(b"user.c", &[1; 65_536]));
+    }
+
+    #[test]
+    fn the_sums_are_those_of_what_is_kept_however_often_it_is_set() {
+        let mut xattrs = Xattrs::default();
+        let mut refused = 0;
+        for n in 0..100_000_u32 {
+            let (name, value) = (format!("user.{}", n % 10_000), vec![1; n as usize / 10_000]);
+            refused += usize::from(!xattrs.set(name.as_bytes(), &value));
+            assert!(xattrs.encoded_len() <= HEADER + MAX_XATTR_BYTES);
+        }
+        assert!(refused > 10_000, "not all of them fit");
+        let (mut bytes, mut out) = (0, Vec::new());
+        xattrs.iter().for_each(|(name, value)| bytes += name.len() + value.len());
+        xattrs.encode(&mut out);
+        assert_eq!((xattrs.bytes(), xattrs.encoded_len()), (bytes, out.len()));
     }
 
     #[test]

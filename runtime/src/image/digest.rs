@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use sha2::{Digest as _, Sha256, Sha512};
 
+use crate::hex::hex;
+
 /// A digest as documents spell it: `sha256:` or `sha512:` and lower-case hex.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Digest {
@@ -46,6 +48,12 @@ impl Digest {
     /// A SHA-256 known by its hex digits alone, as `docker save` names configurations.
     pub(super) fn sha256(hex: &str) -> Option<Self> {
         format!("sha256:{hex}").parse().ok()
+    }
+
+    /// The SHA-256 of these bytes.
+    #[cfg(feature = "pull")]
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Hasher::Sha256(Sha256::new_with_prefix(bytes)).finish()
     }
 
     pub(super) fn hasher(&self) -> Hasher {
@@ -103,10 +111,6 @@ impl Hasher {
         };
         Digest { algorithm, hex: hex(&bytes) }
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ pub const MAX_RATIO: u64 = 200;
 pub const RATIO_FREE_BYTES: u64 = 64 << 20;
 /// Most bytes of extended attributes of one file.
 pub const MAX_XATTR_BYTES: usize = crate::erofs::MAX_XATTR_BYTES;
+/// Most extended attributes of one file.
+pub const MAX_XATTRS: usize = 1024;
 /// Most bytes of names, link targets and attributes in an image: they are held in memory.
 pub const MAX_METADATA_BYTES: u64 = 512 << 20;
 /// Most bytes of one extended header of a tar entry: attributes, a path, a link and a little.

@@ -193,12 +193,15 @@ impl Merger {
     /// on the way becomes this layer's.
     fn resolve(&mut self, path: &[u8], components: &[&[u8]], missing: Missing) -> Result<Option<NodeId>> {
         let refuse = |reason| Error::Entry { path: printable(path), reason };
+        let count = |lookups: &mut u64, names: usize| {
+            *lookups = lookups.saturating_add(names as u64);
+            within("names on the way to entries of an image", *lookups, MAX_LOOKUPS)
+        };
+        count(&mut self.lookups, components.len())?;
         let mut pending: Vec<Box<[u8]>> = components.iter().rev().map(|name| (*name).into()).collect();
         let mut here = vec![Tree::ROOT];
         let mut followed = 0;
         while let Some(name) = pending.pop() {
-            self.lookups += 1;
-            within("names on the way to entries of an image", self.lookups, MAX_LOOKUPS)?;
             let directory = here.last().copied().unwrap_or(Tree::ROOT);
             let found = match &*name {
                 b"" | b"." => continue,
@@ -230,6 +233,8 @@ impl Merger {
                     if target.starts_with(b"/") {
                         here.truncate(1);
                     }
+                    // Before they are kept: a way may end long before its last name.
+                    count(&mut self.lookups, target.split(|byte| *byte == b'/').count())?;
                     pending.extend(target.split(|byte| *byte == b'/').rev().map(Box::from));
                 }
                 _ if missing == Missing::Stop => return Ok(None),

@@ -1,7 +1,7 @@
 //! Extended headers (POSIX `pax`): `length key=value` lines that override the fixed fields.
 
 use super::error::{Error, Result, printable};
-use super::limits::{MAX_PATH_BYTES, MAX_XATTR_BYTES};
+use super::limits::{MAX_PATH_BYTES, MAX_XATTR_BYTES, MAX_XATTRS};
 use super::sparse::PaxSparse;
 use super::tarball::bad;
 use crate::erofs::{Mtime, Xattrs};
@@ -62,6 +62,9 @@ impl Extensions {
                 what: "bytes of extended attributes of a file",
                 limit: MAX_XATTR_BYTES as u64,
             });
+        }
+        if self.xattrs.len() >= MAX_XATTRS {
+            return Err(Error::Limit { what: "extended attributes of a file", limit: MAX_XATTRS as u64 });
         }
         if !name.starts_with(OVERLAY_NOTES) && !self.xattrs.set(name, value) {
             log::debug!("extended attribute {} cannot be kept", printable(name));
@@ -160,6 +163,21 @@ mod tests {
         assert!(parse(line("a").as_bytes()).is_ok());
         let error = parse((line("a") + &line("b")).as_bytes()).unwrap_err();
         assert!(matches!(error, Error::Limit { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_hundred_thousand_attributes_are_refused_by_the_limit_once_it_is_reached() {
+        let mut extensions = Extensions::default();
+        let lines: Vec<u8> = (0..100_000)
+            .flat_map(|n| {
+                let body = format!(" SCHILY.xattr.user.{n:06}=\n");
+                format!("{}{body}", body.len() + 2).into_bytes()
+            })
+            .collect();
+        let error = extensions.parse(&lines).unwrap_err();
+        assert_eq!(error.to_string(), "extended attributes of a file: more than the limit of 1024");
+        // None of the rest was looked at.
+        assert_eq!(extensions.xattrs.len(), MAX_XATTRS);
     }
 
     #[test]

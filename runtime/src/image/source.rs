@@ -7,7 +7,6 @@ use sha2::{Digest as _, Sha256};
 
 use super::blobs::Blobs;
 use super::config::ImageConfig;
-use super::digest::hex;
 use super::directory::{self, Notes};
 use super::error::{Error, Result};
 use super::layer::Layer;
@@ -18,6 +17,7 @@ use super::reference::{self, Choice, Wanted};
 use super::slice::FileSlice;
 use super::{docker, oci, packed};
 use crate::erofs::{Tree, WRITER_VERSION, Writer};
+use crate::hex::hex;
 
 /// How layers are merged is part of what a cached image depends on; raise it with the rules.
 const MERGE_VERSION: u32 = 1;

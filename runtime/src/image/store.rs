@@ -32,6 +32,7 @@ use super::error::{Error, Result};
 use super::limits::MAX_JSON_BYTES;
 use super::progress::{Phase, Progress};
 use super::source::{Format, Key, Source};
+use crate::catalog::is_at;
 use crate::erofs::{BLOCK_SIZE, Superblock, Writer};
 
 /// A directory of finished file systems. Any number of processes may use it at once.
@@ -333,12 +334,6 @@ impl Store {
             Err(source) => Err(Error::Write { path, source }),
         }
     }
-}
-
-/// Whether an open file is the one at a path.
-fn is_at(file: &File, path: &Path) -> bool {
-    let place = |metadata: io::Result<fs::Metadata>| metadata.ok().map(|it| (it.dev(), it.ino()));
-    place(path.metadata()).is_some_and(|there| place(file.metadata()) == Some(there))
 }
 
 /// Removes all files of a key, whose lock is held.

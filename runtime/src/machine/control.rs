@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mvm_devices::fd::FdSlot;
-use mvm_devices::virtio::DeviceSpec;
+use mvm_devices::virtio::{DeviceSpec, mem, net};
 use mvm_vmm::config::MachineId;
-use mvm_vmm::control::{Answer, Attached, Client, DeviceName, Request};
+use mvm_vmm::control::{Answer, Attached, Client, DeviceName, Memory, Request, Snapshot as Saved};
 
 use super::device::{disk_spec, open_disk, tap_spec};
 use super::plan::{Disk, OpenTap};
@@ -17,6 +17,8 @@ use crate::failure::{Context, Failure};
 
 /// Longest wait for an answer. Generous: an emulated host is thirty times slower.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
+/// The same for a machine's memory to be written, at the pace of a slow disk.
+const SAVE_TIME: Duration = Duration::from_secs(30 * 60);
 /// The first file of a request.
 const FIRST: FdSlot = FdSlot(0);
 
@@ -60,6 +62,30 @@ impl Control {
             .context(|| format!("cannot attach a network interface to machine {}", self.id))
     }
 
+    /// Attaches what plugs up to `most_mib` of memory, once. The guest finds it when it looks at its PCI bus again.
+    ///
+    /// # Errors
+    /// The machine refuses it: it was not made for so much.
+    pub fn attach_memory(&self, most_mib: u64) -> Result<Attached, Failure> {
+        let spec = DeviceSpec::Mem(mem::Config { size_mib: most_mib, address: 0 });
+        let attached = self.call(&Request::Attach { device: spec }, &[]).and_then(device);
+        attached.context(|| format!("cannot attach more memory to machine {}", self.id))
+    }
+
+    /// Has the guest have `size_mib` of memory in all, as soon as it can; none changes nothing. Tells where that
+    /// stands.
+    ///
+    /// # Errors
+    /// The machine cannot have so much, or its memory does not change.
+    pub fn memory(&self, size_mib: Option<u64>) -> Result<Memory, Failure> {
+        let answer = match self.call(&Request::Memory { size_mib }, &[]) {
+            Ok(Answer::Memory(memory)) => Ok(memory),
+            Ok(other) => Err(io::Error::other(format!("the answer is no size: {other:?}"))),
+            Err(error) => Err(error),
+        };
+        answer.context(|| format!("cannot change the memory of machine {}", self.id))
+    }
+
     /// Detaches the disk of this serial number and closes its file. The guest must have removed it.
     ///
     /// # Errors
@@ -86,13 +112,91 @@ impl Control {
         }
     }
 
+    /// Numbers of its network cards, in order.
+    ///
+    /// # Errors
+    /// The machine does not answer.
+    pub fn cards(&self) -> Result<Vec<u8>, Failure> {
+        let answer = match self.call(&Request::Metrics, &[]) {
+            Ok(Answer::Metrics(metrics)) => Ok(metrics),
+            Ok(other) => Err(io::Error::other(format!("the answer is no list: {other:?}"))),
+            Err(error) => Err(error),
+        };
+        let metrics = answer.context(|| format!("cannot list the devices of machine {}", self.id))?;
+        let cards = metrics.devices.iter().filter(|device| device.name == net::KIND.name);
+        Ok(cards.map(|device| device.device).collect())
+    }
+
+    /// Saves the machine into two files, whose former content is lost. It is held meanwhile, and goes on
+    /// afterwards if `resume` says so and it was not paused before. `contents` says what is in it: who restores it
+    /// must say the same.
+    ///
+    /// # Errors
+    /// A file cannot be written, or the machine cannot be held. It then is as it was before.
+    pub fn snapshot(
+        &self,
+        state: BorrowedFd<'_>,
+        memory: BorrowedFd<'_>,
+        contents: &str,
+        resume: bool,
+    ) -> Result<Saved, Failure> {
+        let request = Request::Snapshot { resume, contents: contents.to_owned(), base: false };
+        self.save(&request, &[state, memory])
+    }
+
+    /// The same, but that of the memory only what differs from a base is written: the last of state, memory and base is
+    /// the whole memory of a machine of this size.
+    ///
+    /// # Errors
+    /// As [`Control::snapshot`], or the base is none.
+    pub fn snapshot_above(
+        &self,
+        files: [BorrowedFd<'_>; 3],
+        contents: &str,
+        resume: bool,
+    ) -> Result<Saved, Failure> {
+        self.save(&Request::Snapshot { resume, contents: contents.to_owned(), base: true }, &files)
+    }
+
+    fn save(&self, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Saved, Failure> {
+        let answer = match self.call_within(SAVE_TIME, request, files) {
+            Ok(Answer::Snapshot(saved)) => Ok(saved),
+            Ok(other) => Err(io::Error::other(format!("the answer is no snapshot: {other:?}"))),
+            Err(error) => Err(error),
+        };
+        answer.context(|| format!("cannot save machine {}", self.id))
+    }
+
+    /// Holds the machine: its CPUs, then its devices.
+    ///
+    /// # Errors
+    /// Something of it does not let itself be held; all of it goes on then.
+    pub fn pause(&self) -> Result<(), Failure> {
+        let paused = self.call(&Request::Pause, &[]).map(drop);
+        paused.context(|| format!("cannot hold machine {}", self.id))
+    }
+
+    /// Lets the machine go on.
+    ///
+    /// # Errors
+    /// The machine does not answer.
+    pub fn resume(&self) -> Result<(), Failure> {
+        let resumed = self.call(&Request::Resume, &[]).map(drop);
+        resumed.context(|| format!("cannot let machine {} go on", self.id))
+    }
+
     /// Asks anything.
     ///
     /// # Errors
     /// The machine's reason, or that it gives no answer.
     pub fn call(&self, request: &Request, files: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+        self.call_within(ANSWER_TIME, request, files)
+    }
+
+    fn call_within(&self, time: Duration, request: &Request, files: &[BorrowedFd<'_>]) -> io::Result<Answer> {
         let mut place = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         let client = place.as_mut().ok_or_else(|| io::Error::from(ErrorKind::NotConnected))?;
+        client.set_patience(time)?;
         let answer = client.call_with(request, files);
         // A refusal is of this kind; anything else says that the connection is of no more use.
         if answer.as_ref().is_err_and(|error| error.kind() != ErrorKind::Other) {
@@ -101,22 +205,26 @@ impl Control {
         answer
     }
 
-    fn attach(&self, device: DeviceSpec, file: BorrowedFd<'_>) -> io::Result<Attached> {
-        match self.call(&Request::Attach { device }, &[file])? {
-            Answer::Attached(attached) => Ok(attached),
-            other => Err(io::Error::other(format!("the answer is no device: {other:?}"))),
-        }
+    fn attach(&self, spec: DeviceSpec, file: BorrowedFd<'_>) -> io::Result<Attached> {
+        self.call(&Request::Attach { device: spec }, &[file]).and_then(device)
+    }
+}
+
+fn device(answer: Answer) -> io::Result<Attached> {
+    match answer {
+        Answer::Attached(attached) => Ok(attached),
+        other => Err(io::Error::other(format!("the answer is no device: {other:?}"))),
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io::{BufRead, BufReader, Write};
 
     use super::*;
 
     /// A machine that answers each request with the next of `answers`, then closes. Returns what was asked.
-    fn machine(answers: &'static [&str]) -> (Control, std::thread::JoinHandle<Vec<String>>) {
+    pub(crate) fn answering(answers: &'static [&str]) -> (Control, std::thread::JoinHandle<Vec<String>>) {
         let (near, far) = UnixStream::pair().unwrap();
         let host = std::thread::spawn(move || {
             let mut reader = BufReader::new(far);
@@ -136,7 +244,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let disk =
             Disk { path: file.path().to_path_buf(), read_only: true, serial: "d".into(), throwaway: false };
-        let (control, host) = machine(&[r#"{"ok":{"device":5}}"#, r#"{"ok":{}}"#]);
+        let (control, host) = answering(&[r#"{"ok":{"device":5}}"#, r#"{"ok":{}}"#]);
         assert_eq!(control.attach_disk(&disk).unwrap(), Attached { device: 5 });
         control.detach_disk("d").unwrap();
         let asked = host.join().unwrap();
@@ -148,8 +256,33 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_saved_into_two_files_and_says_why_if_it_is_not() {
+        let files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+        let (control, host) = answering(&[
+            r#"{"ok":{"memory_bytes":8192,"state_bytes":7000,"held_ns":5}}"#,
+            r#"{"error":"a device is busy"}"#,
+            r#"{"ok":{}}"#,
+            r#"{"ok":{"memory_bytes":4096,"state_bytes":7000,"held_ns":5}}"#,
+        ]);
+        let save = |resume| control.snapshot(files[0].as_fd(), files[1].as_fd(), "a kernel", resume);
+        assert_eq!(save(true).unwrap(), Saved { memory_bytes: 8192, state_bytes: 7000, held_ns: 5 });
+        let refused = save(false).unwrap_err().report();
+        assert!(
+            refused.contains("cannot save machine m") && refused.contains("a device is busy"),
+            "{refused}"
+        );
+        save(true).unwrap_err();
+        let above = [files[0].as_fd(), files[1].as_fd(), files[0].as_fd()];
+        assert_eq!(control.snapshot_above(above, "k", false).unwrap().memory_bytes, 4096);
+        let asked = host.join().unwrap();
+        assert_eq!(asked[0], r#"{"command":"snapshot","resume":true,"contents":"a kernel"}"#);
+        assert_eq!(asked[1], r#"{"command":"snapshot","resume":false,"contents":"a kernel"}"#);
+        assert_eq!(asked[3], r#"{"command":"snapshot","resume":false,"contents":"k","base":true}"#);
+    }
+
+    #[test]
     fn a_refusal_is_said_and_leaves_the_connection_and_an_end_does_not() {
-        let (control, host) = machine(&[r#"{"error":"the guest uses it"}"#, r#"{"ok":{}}"#]);
+        let (control, host) = answering(&[r#"{"error":"the guest uses it"}"#, r#"{"ok":{}}"#]);
         let refused = control.detach_disk("d").unwrap_err().report();
         assert!(refused.contains(r#"cannot detach disk "d" of machine m"#), "{refused}");
         assert!(refused.contains("the guest uses it"), "{refused}");

@@ -10,7 +10,12 @@ mod start;
 
 pub use calls::{Calls, VSOCK_SOCKET};
 pub use control::Control;
-pub use mvm_vmm::control::{Attached, DeviceName};
-pub use plan::{ConsoleKind, Disk, Net, NotADisk, OpenTap, Plan, TapNet};
+#[cfg(test)]
+pub(crate) use control::tests::answering;
+pub use mvm_vmm::control::{Attached, DeviceName, Memory, Snapshot as Saved};
+pub use plan::{ConsoleKind, Disk, Kernel, Net, NotADisk, OpenTap, Origin, Plan, Snapshot, TapNet};
+#[cfg(test)]
+pub(crate) use running::tests::machine;
 pub use running::{Console, Machine};
+pub(crate) use running::{LOST_TIME, explain};
 pub use start::{CONTROL_SOCKET, Prepared, describe, prepare};

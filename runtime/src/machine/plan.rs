@@ -18,12 +18,10 @@ pub struct Plan {
     pub cpus: VcpuCount,
     /// RAM.
     pub memory: MemSize,
-    /// Kernel image.
-    pub kernel: PathBuf,
-    /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// Kernel command line.
-    pub cmdline: String,
+    /// MiB beyond that which it can be given while it runs.
+    pub pluggable_mib: u64,
+    /// What it starts from.
+    pub origin: Origin,
     /// Disks, in the order the guest finds them.
     pub disks: Vec<Disk>,
     /// Network interfaces.
@@ -37,8 +35,64 @@ pub struct Plan {
     pub vsock: bool,
     /// Further devices, as configured.
     pub devices: Vec<DeviceSpec>,
+    /// Cards, and disks after them, come behind all else on the bus, as in a machine that they were plugged into.
+    pub plugged: bool,
     /// Directory for the machine's sockets.
     pub sockets: Option<PathBuf>,
+}
+
+/// What a machine starts from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// It boots.
+    Kernel(Kernel),
+    /// It goes on. CPUs, memory and kinds of devices must be what was saved.
+    Saved(Snapshot),
+}
+
+/// A kernel, and what it is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its image.
+    pub image: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+/// A saved machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The file of its CPUs and devices.
+    pub state: PathBuf,
+    /// The file of its RAM.
+    pub memory: PathBuf,
+    /// The file of the RAM that this is changes to, if it is not whole.
+    pub base: Option<PathBuf>,
+    /// What must be in it, as given when it was made.
+    pub contents: String,
+}
+
+impl Plan {
+    /// A machine of the default size that has a vsock and nothing else.
+    pub fn new(id: MachineId, origin: Origin) -> Self {
+        Self {
+            id,
+            cpus: VcpuCount::default(),
+            memory: MemSize::default(),
+            pluggable_mib: 0,
+            origin,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            netns: None,
+            console: None,
+            vsock: true,
+            devices: Vec::new(),
+            plugged: false,
+            sockets: None,
+        }
+    }
 }
 
 /// Which device carries the console.

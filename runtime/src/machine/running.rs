@@ -14,8 +14,12 @@ use nix::sys::signal::{Signal, kill};
 
 use super::calls::Calls;
 use super::control::Control;
-use crate::agent::AgentClient;
+use crate::agent::{AgentClient, Error as AgentError};
 use crate::failure::{Context, Failure};
+use crate::timeline::Open;
+
+/// Time a guest without an agent has to end by itself, so that it can tell why: a kernel that panics restarts.
+pub(crate) const LOST_TIME: Duration = Duration::from_secs(2);
 
 /// Our ends of the machine's console.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub struct Machine {
     first_exit: Option<(u64, u64)>,
     called_ns: Option<u64>,
     ended: bool,
+    /// A stage that ends with the machine's process.
+    guest: Option<Open>,
     /// The console, if the plan had one.
     pub console: Option<Console>,
     /// The guest's calls, if the plan had a vsock.
@@ -58,6 +64,7 @@ impl Machine {
             first_exit: None,
             called_ns: None,
             ended: false,
+            guest: None,
             console,
             calls,
         }
@@ -96,6 +103,11 @@ impl Machine {
     /// When the agent called, on CLOCK_MONOTONIC in nanoseconds, once it has.
     pub fn called_ns(&self) -> Option<u64> {
         self.called_ns
+    }
+
+    /// Has a stage end with the machine's process.
+    pub(crate) fn hold(&mut self, guest: Open) {
+        self.guest = (!self.ended).then_some(guest);
     }
 
     /// The next thing the machine tells; `None` once its process has closed the stream.
@@ -199,6 +211,16 @@ impl Machine {
         self.child.pidfd.as_fd()
     }
 
+    /// What was asked of the agent failed: if that is because the machine has ended, that is why.
+    pub(crate) fn explain(&mut self, failure: Failure) -> Failure {
+        explain(failure, || {
+            let time = PollTimeout::try_from(LOST_TIME).unwrap_or(PollTimeout::MAX);
+            let mut ended = [PollFd::new(self.child.pidfd.as_fd(), PollFlags::POLLIN)];
+            let ended = matches!(poll(&mut ended, time), Ok(1..));
+            ended.then(|| self.wait().map_or_else(|end| end.to_string(), |exit| exit.to_string()))
+        })
+    }
+
     /// Asks the machine's process to end the machine in order.
     pub fn stop(&self) {
         if !self.ended {
@@ -241,6 +263,7 @@ impl Machine {
     fn reap(&mut self) -> Result<Ended, Failure> {
         let ended = self.child.wait().context(|| format!("cannot wait for machine {}", self.id()))?;
         self.ended = true;
+        self.guest = None;
         Ok(ended)
     }
 }
@@ -250,6 +273,18 @@ impl Drop for Machine {
         if let Err(failure) = self.kill() {
             log::warn!("{}", failure.report());
         }
+    }
+}
+
+/// What was asked of a guest failed: if its agent is lost, how its machine ended is why. `ended` waits for that and
+/// tells it, unless the machine goes on.
+pub(crate) fn explain(failure: Failure, ended: impl FnOnce() -> Option<String>) -> Failure {
+    let is_lost = matches!(failure.caused_by(), Some(AgentError::Lost { .. }));
+    match is_lost.then(ended).flatten() {
+        Some(how) => {
+            Failure::because(failure.to_string(), Failure::new(format!("the machine has ended: {how}")))
+        }
+        None => failure,
     }
 }
 
@@ -283,38 +318,22 @@ fn describe(ended: &Ended) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs::File;
     use std::os::unix::net::UnixStream;
     use std::path::Path;
 
     use mvm_devices::fd::FdSlot;
-    use mvm_vmm::config::{Boot, MachineConfig};
+    use mvm_vmm::config::{Boot, MachineConfig, Start};
     use mvm_vmm::launch::{Files, Launch};
 
     use super::*;
 
     /// A machine whose process is `program`. Its argument is the number of files: what it makes of that is its own.
-    fn machine(program: &str, files: usize) -> Machine {
+    pub(crate) fn machine(program: &str, files: usize) -> Machine {
         let id: MachineId = "m".parse().unwrap();
-        let boot = Boot {
-            kernel: FdSlot(4),
-            initrd: None,
-            cmdline: Default::default(),
-            protocol: Default::default(),
-            image: Default::default(),
-        };
-        let config = MachineConfig {
-            id: id.clone(),
-            cpus: Default::default(),
-            memory: Default::default(),
-            kvm: FdSlot(4),
-            boot,
-            devices: Vec::new(),
-            serial: None,
-            status: None,
-            control: None,
-        };
+        let boot = Boot::new(FdSlot(4));
+        let config = MachineConfig::new(id.clone(), FdSlot(4), Start::Boot(boot));
         let mut passed = Files::default();
         for _ in 0..files {
             passed.add(File::open("/dev/null").unwrap());

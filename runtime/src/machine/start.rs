@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::vsock::dialer::DialServer;
 use mvm_devices::virtio::{DeviceSpec, console, vsock};
-use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Serial};
+use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Restore, Serial, Start};
 use mvm_vmm::launch::{Files, Launch};
 
 use super::calls::{Calls, VSOCK_SOCKET};
 use super::control::Control;
 use super::device::{disk_spec, open_disk, tap_spec};
 use super::listen::listen;
-use super::plan::{ConsoleKind, Plan};
+use super::plan::{ConsoleKind, Kernel, Origin, Plan, Snapshot};
 use super::running::{Console, Machine};
 use crate::failure::{Context, Failure};
 use crate::net::{Net, Netns, TapNet, mac_of, open_tap};
@@ -91,44 +91,30 @@ pub fn describe(plan: &Plan) -> Result<MachineConfig, Failure> {
 
 fn fill(plan: &Plan, mut opening: Opening) -> Result<(MachineConfig, Opening), Failure> {
     let kvm = opening.add(open_kvm)?;
-    let kernel = opening.add(|| open(&plan.kernel, "kernel image"))?;
-    let initrd = match &plan.initrd {
-        Some(path) => Some(opening.add(|| open(path, "initial RAM disk"))?),
-        None => None,
-    };
-    for disk in &plan.disks {
-        let slot = opening.add(|| open_disk(disk))?;
-        opening.devices.push(disk_spec(disk, slot));
+    let mut start = opening.start(plan)?;
+    if plan.plugged {
+        opening.fixed(plan)?;
+        opening.nets(plan)?;
+        opening.disks(plan)?;
+    } else {
+        opening.disks(plan)?;
+        opening.nets(plan)?;
+        opening.fixed(plan)?;
     }
-    for net in &plan.nets {
-        match net {
-            Net::None => {}
-            Net::Tap(tap) => opening.tap(tap, plan)?,
-            Net::Open(tap) => {
-                let slot = opening.add(|| {
-                    tap.file.try_clone().context(|| "cannot copy the descriptor of a tap".to_owned())
-                })?;
-                opening.devices.push(tap_spec(tap.mac, tap.mtu, tap.only_own_mac, slot));
-            }
-        }
-    }
-    if plan.vsock {
-        opening.vsock(plan.sockets.as_deref())?;
-    }
-    opening.devices.extend(plan.devices.iter().cloned());
-    let cmdline = opening.console(plan)?;
+    let terminal = opening.console(plan)?;
     let control = opening.control(plan.sockets.as_deref())?;
-    let cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
+    if let (Start::Boot(boot), Origin::Kernel(kernel)) = (&mut start, &plan.origin) {
+        let cmdline = format!("{terminal}{}", kernel.cmdline).trim_end().to_owned();
+        boot.cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
+    }
     let config = MachineConfig {
-        id: plan.id.clone(),
         cpus: plan.cpus,
         memory: plan.memory,
-        kvm,
-        boot: Boot { kernel, initrd, cmdline, protocol: Default::default(), image: Default::default() },
+        pluggable_mib: plan.pluggable_mib,
         devices: std::mem::take(&mut opening.devices),
         serial: opening.serial.take(),
-        status: None,
         control: Some(control),
+        ..MachineConfig::new(plan.id.clone(), kvm, start)
     };
     Ok((config, opening))
 }
@@ -161,6 +147,62 @@ impl Opening {
                 Ok(slot)
             }
         }
+    }
+
+    /// What the machine starts from. A kernel's command line comes later.
+    fn start(&mut self, plan: &Plan) -> Result<Start, Failure> {
+        match &plan.origin {
+            Origin::Saved(Snapshot { state, memory, base, contents }) => Ok(Start::Restore(Restore {
+                state: self.add(|| open(state, "saved state"))?,
+                memory: self.add(|| open(memory, "saved memory"))?,
+                base: match base {
+                    Some(base) => Some(self.add(|| open(base, "saved memory"))?),
+                    None => None,
+                },
+                contents: contents.clone(),
+            })),
+            Origin::Kernel(Kernel { image, initrd, .. }) => {
+                let kernel = self.add(|| open(image, "kernel image"))?;
+                let initrd = match initrd {
+                    Some(path) => Some(self.add(|| open(path, "initial RAM disk"))?),
+                    None => None,
+                };
+                Ok(Start::Boot(Boot { initrd, ..Boot::new(kernel) }))
+            }
+        }
+    }
+
+    fn disks(&mut self, plan: &Plan) -> Result<(), Failure> {
+        for disk in &plan.disks {
+            let slot = self.add(|| open_disk(disk))?;
+            self.devices.push(disk_spec(disk, slot));
+        }
+        Ok(())
+    }
+
+    fn nets(&mut self, plan: &Plan) -> Result<(), Failure> {
+        for net in &plan.nets {
+            match net {
+                Net::None => {}
+                Net::Tap(tap) => self.tap(tap, plan)?,
+                Net::Open(tap) => {
+                    let slot = self.add(|| {
+                        tap.file.try_clone().context(|| "cannot copy the descriptor of a tap".to_owned())
+                    })?;
+                    self.devices.push(tap_spec(tap.mac, tap.mtu, tap.only_own_mac, slot));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What every machine of its kind has.
+    fn fixed(&mut self, plan: &Plan) -> Result<(), Failure> {
+        if plan.vsock {
+            self.vsock(plan.sockets.as_deref())?;
+        }
+        self.devices.extend(plan.devices.iter().cloned());
+        Ok(())
     }
 
     fn tap(&mut self, tap: &TapNet, plan: &Plan) -> Result<(), Failure> {
@@ -215,9 +257,9 @@ impl Opening {
         Ok(())
     }
 
-    /// Connects the console; returns the kernel command line with what it needs.
+    /// Connects the console; returns what the kernel's command line needs for it.
     fn console(&mut self, plan: &Plan) -> Result<String, Failure> {
-        let Some(kind) = plan.console else { return Ok(plan.cmdline.clone()) };
+        let Some(kind) = plan.console else { return Ok(String::new()) };
         let pipe = || std::io::pipe().context(|| "cannot make a pipe for the console".to_owned());
         let (mut to_guest, mut from_guest) = (None, None);
         let input = self.add(|| {
@@ -243,7 +285,7 @@ impl Opening {
         }
         self.console =
             to_guest.zip(from_guest).map(|(to_guest, from_guest)| Console { to_guest, from_guest });
-        Ok(format!("console={} {}", kind.terminal(), plan.cmdline).trim_end().to_owned())
+        Ok(format!("console={} ", kind.terminal()))
     }
 }
 
@@ -274,29 +316,48 @@ mod tests {
     #[test]
     fn describing_a_plan_opens_and_makes_nothing_and_says_what_preparing_would() {
         let sockets = std::env::temp_dir().join(format!("mvm-no-such-{}", std::process::id()));
-        let plan = Plan {
-            id: "m".parse().unwrap(),
-            cpus: Default::default(),
-            memory: Default::default(),
-            kernel: "/no/such/kernel".into(),
+        let kernel = Kernel {
+            image: "/no/such/kernel".into(),
             initrd: Some("/no/such/initrd".into()),
             cmdline: "quiet".to_owned(),
+        };
+        let plan = Plan {
             disks: vec!["/no/such/disk,serial=d".parse().unwrap()],
             nets: vec!["tap=nosuch".parse().unwrap()],
-            netns: None,
             console: Some(ConsoleKind::Virtio),
-            vsock: true,
-            devices: Vec::new(),
             sockets: Some(sockets.clone()),
+            ..Plan::new("m".parse().unwrap(), Origin::Kernel(kernel))
         };
         let config = describe(&plan).unwrap();
         assert!(!sockets.exists());
         assert!(prepare(&plan).is_err());
-        assert_eq!(
-            (config.kvm, config.boot.kernel, config.boot.initrd),
-            (FdSlot(4), FdSlot(5), Some(FdSlot(6)))
-        );
+        let Start::Boot(boot) = &config.start else { panic!("{config:?}") };
+        assert_eq!((config.kvm, boot.kernel, boot.initrd), (FdSlot(4), FdSlot(5), Some(FdSlot(6))));
         assert_eq!(config.devices.len(), 4);
         assert_eq!(config.control, Some(FdSlot(13)), "disk, tap, listener, dialer and console come before");
+
+        let kinds = |plan: &Plan| -> Vec<&str> {
+            let kind = |device: &DeviceSpec| match device {
+                DeviceSpec::Block(_) => "disk",
+                DeviceSpec::Net(_) => "card",
+                DeviceSpec::Vsock(_) => "vsock",
+                _ => "other",
+            };
+            describe(plan).unwrap().devices.iter().map(kind).collect()
+        };
+        assert_eq!(kinds(&plan), ["disk", "card", "vsock", "other"]);
+        let plugged = Plan { plugged: true, console: None, ..plan.clone() };
+        assert_eq!(kinds(&plugged), ["vsock", "card", "disk"], "where they are plugged in");
+
+        let mut saved =
+            Snapshot { state: "/no/s".into(), memory: "/no/m".into(), base: None, contents: "k".to_owned() };
+        let config = describe(&Plan { origin: Origin::Saved(saved.clone()), ..plan.clone() }).unwrap();
+        let restore = Restore { state: FdSlot(5), memory: FdSlot(6), base: None, contents: "k".to_owned() };
+        assert_eq!(config.start, Start::Restore(restore));
+        assert_eq!((config.devices.len(), config.control), (4, Some(FdSlot(13))), "all else is the same");
+        saved.base = Some("/no/b".into());
+        let config = describe(&Plan { origin: Origin::Saved(saved), ..plan }).unwrap();
+        let Start::Restore(restore) = config.start else { panic!("{config:?}") };
+        assert_eq!(restore.base, Some(FdSlot(7)));
     }
 }

@@ -159,10 +159,15 @@ fn warn_of_dropping() {
 /// # Errors
 /// No rights, or the kernel refuses.
 pub fn sweep() -> Result<(), Failure> {
-    if !Path::new(DIR).exists() {
-        return Ok(());
-    }
-    settle(&open(Path::new(DIR))?)
+    sweep_leases(Path::new(DIR))
+}
+
+/// The same for the leases in `dir`.
+///
+/// # Errors
+/// As for [`sweep`].
+pub fn sweep_leases(dir: &Path) -> Result<(), Failure> {
+    if dir.exists() { settle(&open(dir)?) } else { Ok(()) }
 }
 
 /// Makes a tap that is a port of a bridge, which may be anyone's. It goes away with its last user.

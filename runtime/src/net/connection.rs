@@ -9,6 +9,7 @@ use super::bridge::{DIR, Kind, Port, PortRequest, Subnet, plug};
 use super::dns::resolv_conf;
 use super::{Choice, Net, Netns, Publish, TapNet, TcpProfile, Twin, mac_of, scan, twin};
 use crate::failure::Failure;
+use crate::state::{Ledger, Resource};
 
 /// Name of a guest's only interface.
 const INTERFACE: &str = "eth0";
@@ -49,17 +50,25 @@ enum Held {
 }
 
 impl NetRequest {
-    /// Makes the network for the machine of this name.
+    /// Makes the network for the machine of this name. What would outlive this process is noted in `ledger` before.
     ///
     /// # Errors
     /// No rights, or something it needs is not there; nothing is left behind.
-    pub fn connect(&self, machine: &str) -> Result<Connection, Failure> {
-        self.connect_in(Path::new(DIR), machine)
+    pub fn connect(&self, machine: &str, ledger: Option<&Ledger>) -> Result<Connection, Failure> {
+        self.connect_in(Path::new(DIR), machine, ledger)
     }
 
     /// The same with leases in another directory.
-    pub(super) fn connect_in(&self, dir: &Path, machine: &str) -> Result<Connection, Failure> {
+    pub(super) fn connect_in(
+        &self,
+        dir: &Path,
+        machine: &str,
+        ledger: Option<&Ledger>,
+    ) -> Result<Connection, Failure> {
         self.check()?;
+        if let (Choice::Nat(_) | Choice::HostOnly(_), Some(ledger)) = (&self.choice, ledger) {
+            ledger.note(&Resource::Port { leases: dir.to_path_buf() })?;
+        }
         let mut connection = match &self.choice {
             Choice::None => {
                 Connection { nets: Vec::new(), place: Configure::default(), _held: Held::Nothing }
@@ -72,7 +81,7 @@ impl NetRequest {
                 let place = self.place(&TapNet { mac: Some(mac), ..net.clone() });
                 Connection { nets: vec![Net::Open(tap)], place, _held: Held::Nothing }
             }
-            Choice::Netns(path) => self.in_netns(path)?,
+            Choice::Netns(path) => self.in_netns(path, ledger)?,
             Choice::Tap(net) => {
                 let mac = net.mac.unwrap_or_else(|| mac_of(&format!("{machine}/{}", net.name)));
                 let net = TapNet { mac: Some(mac), ..net.clone() };
@@ -125,7 +134,7 @@ impl NetRequest {
         Ok(Connection { nets: vec![Net::Open(port.tap.clone())], place, _held: Held::Port { _port: port } })
     }
 
-    fn in_netns(&self, path: &Path) -> Result<Connection, Failure> {
+    fn in_netns(&self, path: &Path, ledger: Option<&Ledger>) -> Result<Connection, Failure> {
         let netns = Netns::open(path)?;
         if netns.is_host()? {
             return Err(Failure::new(format!("{} is the host's own network", path.display()))
@@ -138,7 +147,8 @@ impl NetRequest {
         if let Some(mtu) = self.mtu {
             network.links.iter_mut().for_each(|link| link.mtu = mtu.into());
         }
-        let twins = network.links.iter().map(|link| twin(&netns, link)).collect::<Result<Vec<_>, _>>()?;
+        let twins = network.links.iter().map(|link| twin(&netns, link, ledger));
+        let twins = twins.collect::<Result<Vec<_>, _>>()?;
         let nets = twins.iter().map(Twin::net).collect();
         Ok(Connection { nets, place: network.configure(), _held: Held::Twins { _twins: twins } })
     }

@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind, PipeWriter};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mvm_protocol::Address;
@@ -70,6 +71,15 @@ impl Drop for PortForward {
             log::warn!("{}", failure.report());
         }
     }
+}
+
+/// Undoes the forwarding of a process that is gone. A name space that is gone took it along.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn remove_forward(netns: &Path) -> Result<(), Failure> {
+    let Ok(netns) = Netns::open(netns) else { return Ok(()) };
+    netns.run(|| remove_table(TABLE))?.context(|| format!("cannot remove table {TABLE} in {netns}"))
 }
 
 /// In the name space: opens the listeners, then has connections come to them.

@@ -21,15 +21,15 @@ mod tests;
 mod twin;
 mod watch;
 
-pub use bridge::{NotASubnet, Subnet, sweep};
+pub use bridge::{NotASubnet, Subnet, sweep, sweep_leases};
 pub use choice::{Choice, Net, NotANet, OpenTap, TapNet, mac_of};
 pub use connection::{Connection, NetRequest};
-pub use forward::{PortForward, forward_localhost};
+pub use forward::{PortForward, forward_localhost, remove_forward};
 pub use netns::Netns;
 pub use nft::Transport;
 pub use port::{NotAPort, Publish};
 pub use scan::{Link, Network, scan};
 pub use tap::open_tap;
 pub use tcp::{NotAProfile, TcpProfile};
-pub use twin::{SpareTap, Twin, remove_twin, twin};
+pub use twin::{SpareTap, Twin, TwinTrace, twin};
 pub use watch::{Watch, watch};

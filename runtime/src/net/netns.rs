@@ -83,6 +83,11 @@ impl Netns {
         }
     }
 
+    /// Where it was found; `None` if it was made here and goes away with its last user.
+    pub fn path(&self) -> Option<&Path> {
+        Some(Path::new(&*self.name)).filter(|path| path.is_absolute())
+    }
+
     /// Runs `work` on a thread inside the name space and waits for it. A process started there lives in the name
     /// space; the thread ends before this returns, so such a process must not ask for a signal at its parent's end.
     ///

@@ -59,15 +59,27 @@ fn parse(text: &str) -> Option<Publish> {
 /// The host's side.
 impl fmt::Display for Publish {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = match self.transport {
-            Transport::Tcp => "tcp",
-            Transport::Udp => "udp",
-        };
-        write!(f, "{}:{}/{transport}", self.address.unwrap_or(Ipv4Addr::UNSPECIFIED), self.host)
+        write!(f, "{}:{}/{}", self.host_address(), self.host, self.transport())
     }
 }
 
 impl Publish {
+    /// Text that means this port again.
+    pub fn as_given(&self) -> String {
+        format!("{}:{}:{}/{}", self.host_address(), self.host, self.guest, self.transport())
+    }
+
+    fn host_address(&self) -> Ipv4Addr {
+        self.address.unwrap_or(Ipv4Addr::UNSPECIFIED)
+    }
+
+    fn transport(&self) -> &'static str {
+        match self.transport {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        }
+    }
+
     /// Takes the host's port, so that nobody else can while this lives. Nothing is ever received there.
     ///
     /// # Errors
@@ -79,7 +91,7 @@ impl Publish {
         };
         let what = || format!("cannot publish port {self}");
         let socket = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None).context(what)?;
-        let address = std::net::SocketAddrV4::new(self.address.unwrap_or(Ipv4Addr::UNSPECIFIED), self.host);
+        let address = std::net::SocketAddrV4::new(self.host_address(), self.host);
         bind(socket.as_raw_fd(), &SockaddrIn::from(address)).map_err(|error| {
             let failure = Failure::because(what(), error);
             match error {
@@ -106,6 +118,16 @@ mod tests {
             ("127.0.0.1:53:5353/udp", Some(Ipv4Addr::LOCALHOST), 53, 5353, Transport::Udp),
         ] {
             assert_eq!(text.parse(), Ok(Publish { address, host, guest, transport }));
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_passed_on_is_the_same_port() {
+        for text in ["8080:80", "127.0.0.1:53:5353/udp", "0.0.0.0:1:65535/tcp"] {
+            let port: Publish = text.parse().unwrap();
+            let again: Publish = port.as_given().parse().unwrap();
+            let host = |port: &Publish| (port.host_address(), port.host, port.guest, port.transport);
+            assert_eq!(host(&again), host(&port), "{text}");
         }
     }
 

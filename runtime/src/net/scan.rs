@@ -10,7 +10,7 @@ use super::netlink::{AddressEntry, LinkEntry, Message, NeighbourEntry, Netlink, 
 use crate::failure::{Context, Failure};
 
 /// Driver of taps and tuns: another machine's, or ours.
-const TUN: &str = "tun";
+pub(super) const TUN: &str = "tun";
 
 /// The network of a name space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -4,21 +4,25 @@
 //! and its place; the name space's own kernel no longer sees what arrives there.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mvm_devices::virtio::net::MacAddress;
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
+use serde::{Deserialize, Serialize};
 
-use super::netlink::{Message, Netlink};
+use super::netlink::{LinkEntry, Message, Netlink};
+use super::scan::TUN;
 use super::tap::{AnyTap, open_new_tap};
 use super::{Link, Net, Netns, OpenTap};
 use crate::failure::{Context, Failure};
+use crate::state::{Ledger, Resource};
 
-/// The kernel picks a free number.
+/// How taps of ours are called; the kernel picks a free number.
 const TAP_NAME: &str = "mvm%d";
+const TAP_PREFIX: &str = "mvm";
 /// How often a queueing discipline that is busy is tried, and how long apart: another one is just going away.
 const TRIES: u32 = 50;
 const APART: Duration = Duration::from_millis(10);
@@ -28,6 +32,7 @@ const APART: Duration = Duration::from_millis(10);
 pub struct SpareTap {
     netns: Netns,
     name: String,
+    index: u32,
     nic: OpenTap,
 }
 
@@ -37,9 +42,14 @@ impl SpareTap {
     /// # Errors
     /// No rights, or no tun driver.
     pub fn make(netns: &Netns, mac: MacAddress) -> Result<Self, Failure> {
-        let AnyTap { file, name } = netns.run(|| open_new_tap(TAP_NAME))??;
+        let make = || -> Result<_, Failure> {
+            let tap = open_new_tap(TAP_NAME)?;
+            let index = if_nametoindex(tap.name.as_str()).context(|| format!("cannot find {}", tap.name))?;
+            Ok((tap, index))
+        };
+        let (AnyTap { file, name }, index) = netns.run(make)??;
         let nic = OpenTap { file: Arc::new(file), mac, mtu: None, only_own_mac: false };
-        Ok(Self { netns: netns.clone(), name, nic })
+        Ok(Self { netns: netns.clone(), name, index, nic })
     }
 
     /// The guest's card.
@@ -52,15 +62,25 @@ impl SpareTap {
         self.nic.mac
     }
 
-    /// Makes the tap the twin of `link`, which gets the card's hardware address if it has another one.
+    /// Makes the tap the twin of `link`, which gets the card's hardware address if it has another one. What would
+    /// outlive this process is noted in `ledger` before.
     ///
     /// # Errors
     /// The link is not there, or the kernel refuses the redirection; no traces are left then.
-    pub fn connect(self, link: &Link) -> Result<Twin, Failure> {
-        let Self { netns, name, nic } = self;
+    pub fn connect(self, link: &Link, ledger: Option<&Ledger>) -> Result<Twin, Failure> {
+        let Self { netns, name, index, nic } = self;
         let mtu = u16::try_from(link.mtu).unwrap_or(u16::MAX);
         let nic = OpenTap { mtu: Some(mtu), ..nic };
         let mac = (link.mac != nic.mac).then_some(nic.mac);
+        if let (Some(ledger), Some(path)) = (ledger, netns.path()) {
+            ledger.note(&Resource::Twin(TwinTrace {
+                netns: path.to_path_buf(),
+                link: link.name.clone(),
+                mac: nic.mac.bytes(),
+                tap: name.clone(),
+                index,
+            }))?;
+        }
         let twin = Twin { netns, tap: name, link: link.name.clone(), nic, undone: false };
         twin.netns
             .run(|| join(link, &twin.tap, mac))?
@@ -69,12 +89,12 @@ impl SpareTap {
     }
 }
 
-/// Makes a tap in `netns` that stands for `link`, with its hardware address and its MTU.
+/// Makes a tap in `netns` that stands for `link`, with its hardware address and its MTU; noted in `ledger`.
 ///
 /// # Errors
 /// No rights, no tun driver, the link is not there, or the kernel has no `ingress`, `u32` or `mirred`.
-pub fn twin(netns: &Netns, link: &Link) -> Result<Twin, Failure> {
-    SpareTap::make(netns, link.mac)?.connect(link)
+pub fn twin(netns: &Netns, link: &Link, ledger: Option<&Ledger>) -> Result<Twin, Failure> {
+    SpareTap::make(netns, link.mac)?.connect(link, ledger)
 }
 
 /// A tap and the link it stands for. Undone when dropped.
@@ -139,16 +159,56 @@ impl Drop for Twin {
     }
 }
 
-/// Undoes a twin whose process is gone. What is gone already, the name space above all, is no error.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn remove_twin(netns: &Path, link: &str, tap: &str) -> Result<(), Failure> {
-    let netns = match Netns::open(netns) {
-        Err(_) if !netns.exists() => return Ok(()),
-        netns => netns?,
-    };
-    netns.run(|| part(link, tap))?.context(|| format!("cannot disconnect {tap} from {link} in {netns}"))
+/// What a twin leaves behind if its process dies: the redirection, and the tap while a machine has it open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TwinTrace {
+    /// Where the network name space is.
+    pub netns: PathBuf,
+    /// Name of the link.
+    pub link: String,
+    /// Its hardware address, which a later link of its name has not.
+    pub mac: [u8; 6],
+    /// Name of the tap.
+    pub tap: String,
+    /// Its number, which a later tap of its name has not.
+    pub index: u32,
+}
+
+impl TwinTrace {
+    /// Removes it. What is gone already, the name space above all, is no error; what another machine has made in
+    /// its place is left alone.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove(&self) -> Result<(), Failure> {
+        let netns = match Netns::open(&self.netns) {
+            // A process whose name space it was is gone, or a name has lost its mount.
+            Err(_) => return Ok(()),
+            Ok(netns) => netns,
+        };
+        netns
+            .run(|| self.remove_here())?
+            .context(|| format!("cannot disconnect {} from {} in {netns}", self.tap, self.link))
+    }
+
+    fn remove_here(&self) -> nix::Result<()> {
+        let mut kernel = Netlink::open()?;
+        let links = kernel.list(Message::links(), LinkEntry::parse)?;
+        let taps = links.iter().filter(|link| link.kind == TUN && link.name.starts_with(TAP_PREFIX));
+        let (own, others): (Vec<_>, Vec<_>) =
+            taps.partition(|tap| tap.index == self.index && tap.name == self.tap);
+        for tap in own {
+            gone_or(kernel.perform(Message::remove_link(tap.index)))?;
+        }
+        if !others.is_empty() {
+            // Of a machine that came later: if the link leads to it, it has replaced what was there.
+            return Ok(());
+        }
+        match links.iter().find(|link| link.name == self.link && link.mac == self.mac) {
+            Some(link) => gone_or(kernel.perform(Message::remove_ingress(link.index))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// In the name space: connects the link and the tap.

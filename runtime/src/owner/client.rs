@@ -1,11 +1,12 @@
 //! Asking the owner of a container for something.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use mvm_protocol::WindowSize;
 
+use super::exit_code::Refused;
 use super::wire::{Exec, Reply, Request, Wire};
 use crate::failure::{Context, Failure};
 use crate::state::{CONTROL, Seen};
@@ -26,31 +27,30 @@ pub struct Started {
     control: Wire,
 }
 
-/// An owner's report of why it could not do something.
-#[derive(Debug, thiserror::Error)]
-#[error("{report}")]
-pub struct Refused {
-    report: String,
-    /// What a command line exits with.
-    pub exit_code: u8,
-}
-
 impl Client {
     /// Connects to a container's owner.
     ///
     /// # Errors
     /// The container does not run.
     pub fn connect(seen: &Seen) -> Result<Self, Failure> {
-        let name = seen.record.name.clone();
-        let stream = UnixStream::connect(seen.directory.join(CONTROL)).map_err(|error| {
-            let what = format!("container {name} is not running");
-            match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Failure::new(what),
-                _ => Failure::because(what, error),
+        Self::reach(seen)?.ok_or_else(|| seen.record.not_running())
+    }
+
+    /// Connects to a container's owner; `None` if nobody listens: it has not begun to, or no longer does, or is gone.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn reach(seen: &Seen) -> Result<Option<Self>, Failure> {
+        match UnixStream::connect(seen.directory.join(CONTROL)) {
+            Ok(stream) => Ok(Some(Self { wire: Wire::new(stream), name: seen.record.name.clone() })),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                Ok(None)
             }
-            .help("`mvm ps` lists what runs")
-        })?;
-        Ok(Self { wire: Wire::new(stream), name })
+            Err(error) => Err(Failure::because(
+                format!("cannot reach the owner of container {}", seen.record.name),
+                error,
+            )),
+        }
     }
 
     /// Asks for one thing and waits for the answer.
@@ -61,6 +61,19 @@ impl Client {
         let name = self.name.clone();
         self.wire.send(request, &[]).context(|| format!("cannot ask the owner of container {name}"))?;
         answer(&mut self.wire, &name).map(|(reply, _)| reply)
+    }
+
+    /// Asks for the container's end and waits for it. An owner that goes away instead of answering has nothing left to
+    /// own: that is the end.
+    ///
+    /// # Errors
+    /// The owner's reason.
+    pub fn stop(mut self, grace_s: u32) -> Result<(), Failure> {
+        let request = Request::Stop { grace_s };
+        self.wire
+            .send(&request, &[])
+            .context(|| format!("cannot ask the owner of container {}", self.name))?;
+        answer_or_end(&mut self.wire, &self.name).map(drop)
     }
 
     /// Runs a process in the container.
@@ -115,12 +128,17 @@ impl Started {
 }
 
 fn answer(wire: &mut Wire, name: &str) -> Result<(Reply, Vec<OwnedFd>), Failure> {
+    let ended = || Failure::new("the container has ended").help("`mvm ps -a` tells how");
+    answer_or_end(wire, name)?.ok_or_else(ended)
+}
+
+/// `None` if the owner is gone.
+fn answer_or_end(wire: &mut Wire, name: &str) -> Result<Option<(Reply, Vec<OwnedFd>)>, Failure> {
     match wire.receive::<Reply>().context(|| "cannot understand the container's owner".to_owned())? {
         Some((Reply::Failed { report, exit_code }, _)) => {
             let what = format!("the owner of container {name} cannot do it");
-            Err(Failure::because(what, Refused { report, exit_code }))
+            Err(Failure::because(what, Refused::new(report, exit_code)))
         }
-        Some(answer) => Ok(answer),
-        None => Err(Failure::new("the container has ended").help("`mvm ps -a` tells how")),
+        answer => Ok(answer),
     }
 }

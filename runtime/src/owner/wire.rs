@@ -1,15 +1,18 @@
 //! What crosses the control socket of a container between its owner and other processes of mvm: frames as towards
 //! the agent, with open files beside them.
 
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, ErrorKind, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
+use mvm_devices::sys::receive_with_files;
 use mvm_protocol::{Decoder, Get, Got, Put, RootStats, WindowSize, encode};
-use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::snapshot::BaseMemory;
 
 /// Most files that come with one message: a process's three streams.
 const MAX_FILES: usize = 3;
@@ -43,6 +46,18 @@ pub enum Request {
     Put(Put),
     /// Read a file or directory of it. Answered with [`Reply::Got`].
     Get(Get),
+    /// Save its machine into files in a directory. Answered with [`Reply::Saved`] once it goes on.
+    Save {
+        /// The directory, its owner's alone.
+        directory: PathBuf,
+    },
+    /// The same, with the changes to a base for its memory.
+    SaveAbove {
+        /// The directory.
+        directory: PathBuf,
+        /// The base.
+        base: BaseMemory,
+    },
 }
 
 /// A process to run.
@@ -76,6 +91,8 @@ pub enum Reply {
     Stats(RootStats),
     /// A file or directory.
     Got(Got),
+    /// What was saved: a [`crate::snapshot::SavedRun`] as JSON.
+    Saved(String),
     /// It could not be done.
     Failed {
         /// What and why, as it is printed.
@@ -148,26 +165,13 @@ impl Wire {
 
     fn read_some(&mut self) -> io::Result<bool> {
         let mut bytes = [0; 64 * 1024];
-        let mut space = cmsg_space!([RawFd; MAX_FILES]);
-        let count = loop {
-            let mut parts = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            match recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-                Ok(message) => {
-                    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
-                        return Err(io::Error::new(ErrorKind::InvalidData, "too many files in a message"));
-                    }
-                    for control in message.cmsgs()? {
-                        if let ControlMessageOwned::ScmRights(numbers) = control {
-                            self.files.extend(numbers.into_iter().map(own));
-                        }
-                    }
-                    break message.bytes;
-                }
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(nix::errno::Errno::ECONNRESET) => break 0,
-                Err(error) => return Err(error.into()),
+        let count = match receive_with_files(self.stream.as_fd(), &mut bytes, 0) {
+            Ok((count, files)) => {
+                self.files.extend(files);
+                count
             }
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => 0,
+            Err(error) => return Err(error),
         };
         if self.files.len() > MAX_FILES {
             return Err(io::Error::new(ErrorKind::InvalidData, "too many files"));
@@ -177,17 +181,10 @@ impl Wire {
     }
 }
 
-#[allow(unsafe_code)] // a number the kernel has just given to this process
-fn own(number: RawFd) -> OwnedFd {
-    // SAFETY: the kernel installed this descriptor for this message alone; nobody else has it.
-    unsafe { OwnedFd::from_raw_fd(number) }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::io::Write;
-    use std::os::fd::AsFd;
 
     use super::*;
 
@@ -211,6 +208,14 @@ mod tests {
         assert_eq!(text, "hello");
         assert_eq!(b.receive::<Reply>().unwrap().unwrap().0, Reply::Exited(3));
         assert!(b.receive::<Reply>().unwrap().is_none());
+    }
+
+    #[test]
+    fn more_files_than_a_process_has_streams_end_a_connection() {
+        let (a, mut b) = pair();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        a.send(&Reply::Started, &[reader.as_fd(); MAX_FILES + 1]).unwrap();
+        assert!(b.receive::<Reply>().is_err());
     }
 
     #[test]

@@ -23,8 +23,10 @@ use crate::machine::Disk;
 use crate::sandbox::RootfsMount;
 
 pub use layers::{CACHE_BYTES, cache};
+pub use mounts::upper_disk;
 use mounts::{Layer, Parts, Writes};
 use serial::Serials;
+pub(crate) use upper::copy_sparse;
 
 /// Most layers of a container that become a disk each, unless [`Request::layer_disks`] says otherwise; more are
 /// merged into one. Layers of their own are shared by images, but a machine's bus has 32 places for all disks of all
@@ -94,6 +96,14 @@ pub struct Prepared {
     /// Images from the cache.
     #[expect(dead_code, reason = "held for their locks")]
     held: Vec<Rootfs>,
+}
+
+impl Prepared {
+    /// That of a container that goes on: its disks are there, and the guest knows what they are.
+    pub(crate) fn of(disks: Vec<Disk>) -> Self {
+        let (lower, held) = (Vec::new(), Vec::new());
+        Self { disks, lower, writable: Writable::No, read_only: false, held }
+    }
 }
 
 /// Turns a container's root file system into disks; `state` is [`crate::container::state_dir`].

@@ -243,7 +243,10 @@ fn is_snapshot(path: &Path) -> bool {
 }
 
 /// The disk of writes beside a snapshot's directory: `mvm-upper-fs.ext4`.
-fn upper_disk(directory: &Path) -> Result<PathBuf, Failure> {
+///
+/// # Errors
+/// There is nothing beside it: it is the root.
+pub fn upper_disk(directory: &Path) -> Result<PathBuf, Failure> {
     let place = directory.parent().zip(directory.file_name());
     let (parent, name) =
         place.ok_or_else(|| Failure::new("the root directory cannot take a container's writes"))?;

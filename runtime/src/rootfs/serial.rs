@@ -2,6 +2,8 @@
 
 use sha2::{Digest as _, Sha256};
 
+use crate::hex::hex;
+
 /// Gives out virtio serials: at most 20 bytes (virtio 1.2 §5.2.6.1), made from the container's id so that those of
 /// two containers differ.
 pub(super) struct Serials {
@@ -12,7 +14,7 @@ pub(super) struct Serials {
 impl Serials {
     pub(super) fn of(container: &str) -> Self {
         let hash = Sha256::digest(container.as_bytes());
-        Self { prefix: hash.iter().take(7).map(|byte| format!("{byte:02x}")).collect(), next: 0 }
+        Self { prefix: hex(hash.iter().take(7)), next: 0 }
     }
 
     pub(super) fn next(&mut self) -> String {

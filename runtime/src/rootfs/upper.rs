@@ -2,11 +2,12 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -14,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 use sha2::{Digest as _, Sha256};
 
 use crate::failure::{Context, Failure};
+use crate::hex::hex;
 
 /// Smallest disk of writes, in bytes: below, its own bookkeeping would take a large part.
 const SMALLEST: u64 = 16 << 20;
@@ -36,7 +38,7 @@ pub(super) fn disk_for(directory: &Path, bytes: u64, state: &Path) -> Result<Pat
     sweep(&uppers);
     let identity = identity(directory).context(|| format!("cannot look at {}", directory.display()))?;
     let hash = Sha256::digest(&identity);
-    let name: String = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let name = hex(hash.iter().take(16));
     let record = uppers.join(format!("{name}.of"));
     // First, so that no disk is without it.
     fs::write(&record, &identity).context(|| format!("cannot write {}", record.display()))?;
@@ -67,13 +69,19 @@ fn sweep(uppers: &Path) {
     }
 }
 
-/// A directory's path, and which one it is among all that ever were there.
+/// A directory's path, and which one it is among all that ever were there: a file system gives the number of one that
+/// is gone to the next, so it is its time of birth that tells them apart. Where a file system keeps none, a later
+/// directory may be taken for the former.
 fn identity(directory: &Path) -> io::Result<Vec<u8>> {
     let metadata = directory.metadata()?;
     let mut identity = directory.as_os_str().as_encoded_bytes().to_vec();
     identity.push(0);
     identity.extend_from_slice(&metadata.dev().to_le_bytes());
     identity.extend_from_slice(&metadata.ino().to_le_bytes());
+    if let Ok(born) = metadata.created() {
+        let since = born.duration_since(UNIX_EPOCH).unwrap_or_default();
+        identity.extend_from_slice(&since.as_nanos().to_le_bytes());
+    }
     Ok(identity)
 }
 
@@ -151,10 +159,9 @@ fn format(path: &Path, bytes: u64) -> Result<(), Failure> {
     Err(Failure::because(format!("mkfs.ext4 {}", output.status), Failure::new(said.trim())))
 }
 
-/// Copies what is not a hole.
-fn copy_sparse(from: &File, to: &File, bytes: u64) -> io::Result<()> {
+/// Copies what is not a hole, by the kernel where it can: file systems that can share blocks do.
+pub(crate) fn copy_sparse(mut from: &File, mut to: &File, bytes: u64) -> io::Result<()> {
     to.set_len(bytes)?;
-    let mut buffer = vec![0; 64 << 10];
     let mut end = 0;
     loop {
         let start = match lseek(from, end, Whence::SeekData) {
@@ -164,12 +171,11 @@ fn copy_sparse(from: &File, to: &File, bytes: u64) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         };
         end = lseek(from, start, Whence::SeekHole)?;
-        let (mut at, end) = (start.cast_unsigned(), end.cast_unsigned());
-        while at < end {
-            let want = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
-            from.read_exact_at(&mut buffer[..want], at)?;
-            to.write_all_at(&buffer[..want], at)?;
-            at += want as u64;
+        let (at, length) = (SeekFrom::Start(start.cast_unsigned()), (end - start).cast_unsigned());
+        from.seek(at)?;
+        to.seek(at)?;
+        if io::copy(&mut from.take(length), &mut to)? != length {
+            return Err(ErrorKind::UnexpectedEof.into());
         }
     }
 }
@@ -211,6 +217,22 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_has_the_same_bytes_and_the_same_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["from", "to"].map(|name| dir.path().join(name));
+        let [from, to] =
+            paths.clone().map(|it| File::options().read(true).write(true).create_new(true).open(it).unwrap());
+        from.set_len(64 << 20).unwrap();
+        for at in [0, 5 << 20, (64 << 20) - 4096] {
+            from.write_all_at(&[7; 4096], at).unwrap();
+        }
+        copy_sparse(&from, &to, 64 << 20).unwrap();
+        let [from_bytes, to_bytes] = paths.map(|path| fs::read(path).unwrap());
+        assert!(from_bytes == to_bytes);
+        assert!(to.metadata().unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[test]
     fn sizes_that_make_no_file_system_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for bytes in [0, SMALLEST - 1, u64::MAX] {
@@ -232,5 +254,23 @@ mod tests {
         fs::remove_dir(&root).unwrap();
         let second = disk_for(&other, 16 << 20, &state).unwrap();
         assert!(!first.exists() && second.exists() && first != second);
+    }
+
+    #[test]
+    fn a_directory_is_not_taken_for_a_former_one_of_its_path_and_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, root) = (dir.path().join("state"), dir.path().join("root"));
+        fs::create_dir(&root).unwrap();
+        let born = || root.metadata().unwrap().created().unwrap();
+        let (former, birth) = (disk_for(&root, 16 << 20, &state).unwrap(), born());
+        // The clocks of file systems are coarse. One that gives numbers again, as ext4 does, gives this one again.
+        while born() == birth {
+            fs::remove_dir(&root).unwrap();
+            fs::create_dir(&root).unwrap();
+        }
+        let later = disk_for(&root, 16 << 20, &state).unwrap();
+        assert_ne!(later, former);
+        assert!(!former.exists(), "it goes with its directory");
+        assert_eq!(disk_for(&root, 16 << 20, &state).unwrap(), later);
     }
 }

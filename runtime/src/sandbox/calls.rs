@@ -1,14 +1,24 @@
 //! What an engine asks of a sandbox, passed on to the machine and its agent.
 
+use std::path::Path;
+use std::sync::PoisonError;
+use std::time::Instant;
+
 use mvm_protocol::{ExitStatus, FailureKind, Get, Got, Place, Put, RootStats, SignalTarget, WindowSize};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 
+use super::ending::ASKING_TIME;
+use super::limits::Sizes;
 use super::machine::MachineSandbox;
-use super::{ContainerRequest, Sandbox, member};
+use super::member::Member;
+use super::save::Saving;
+use super::{CheckpointRequest, ContainerRequest, MemoryKill, Sandbox, checkpoint, member, save};
 use crate::agent::{Error as AgentError, Process, ProcessSpec, StdioSpec};
-use crate::container::{Timeline, start_failure};
+use crate::container::start_failure;
 use crate::failure::{Context, Failure};
+use crate::snapshot::{BaseMemory, SavedMachine};
 use crate::spec;
+use crate::timeline::{START, Timeline, Track};
 
 impl MachineSandbox {
     /// The name of a container in the guest.
@@ -43,20 +53,20 @@ fn no_container(id: &str) -> Failure {
 
 impl Sandbox for MachineSandbox {
     fn pid(&self) -> u32 {
-        self.stages.live().map_or(0, |live| live.pid)
+        self.stages.live_or_last().map_or(0, |live| live.pid)
     }
 
     fn create(&self, container: &ContainerRequest) -> Result<(), Failure> {
-        member::make(self, container)
+        member::make(self, container).map_err(|failure| self.stages.explain(failure))
     }
 
     fn start(&self, container: &str, process: &OciProcess, stdio: StdioSpec) -> Result<Process, Failure> {
         let live = self.stages.running()?;
-        let spec = {
+        let (spec, first) = {
             let members = self.members();
             let member = members.get(container).ok_or_else(|| no_container(container))?;
             let part = spec::process(process, &member.profile)?;
-            ProcessSpec {
+            let spec = ProcessSpec {
                 root: Some(member.root.clone()),
                 args: part.args,
                 env: part.env,
@@ -66,14 +76,17 @@ impl Sandbox for MachineSandbox {
                 pid_namespace: member.pid_namespace(),
                 oom_score_adj: part.oom_score_adj,
                 confinement: part.confinement,
-            }
+            };
+            (spec, member.is_unstarted())
         };
+        // Later ones are no part of the container's start.
+        let _stage = first.then(|| self.timeline.begin(Track::Agent, START));
         let program = spec.args.first().cloned().unwrap_or_default();
-        let process = live.agent.start(spec).map_err(|error| start_failure(&program, error))?;
+        let started = live.agent.start(spec).map_err(|error| start_failure(&program, error));
+        let process = started.map_err(|failure| self.stages.explain(failure))?;
         if let Some(member) = self.members().get_mut(container) {
             member.started(process.id);
         }
-        self.reach("process runs");
         Ok(process)
     }
 
@@ -82,7 +95,15 @@ impl Sandbox for MachineSandbox {
             Some(live) => live,
             None => self.stages.running()?,
         };
-        live.agent.wait(process, None).context(|| format!("cannot wait for process {process}"))
+        let waited = live.agent.wait(process, None);
+        let waited = waited.context(|| format!("cannot wait for process {process}"));
+        waited.map_err(|failure| self.stages.explain(failure))
+    }
+
+    fn abandon(&self, process: u64) {
+        if let Some(live) = self.stages.live_or_last() {
+            live.agent.abandon(process);
+        }
     }
 
     fn signal(&self, process: u64, signal: i32, target: SignalTarget) -> Result<(), Failure> {
@@ -119,12 +140,36 @@ impl Sandbox for MachineSandbox {
     }
 
     fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), Failure> {
+        let failed = || format!("cannot change the limits of container {container}");
         let root = self.root_of(container)?;
-        let limits = spec::limits(resources, self.size.cpus.get())?;
+        // Held to the end: what is there for one limit is not taken back for another.
+        let mut growth = self.growth();
+        let has = |member: &Member| (member.sizes, member.memory);
+        let (made_with, before) = self.members().get(container).map(has).unwrap_or_default();
+        let sizes = Sizes::of(Some(resources));
+        sizes.fit(&self.most(), &made_with).context(failed)?;
+        let limits = spec::limits(resources, self.size.cpus.get()).context(failed)?;
         let live = self.stages.running()?;
-        live.agent
-            .update(&root, limits)
-            .context(|| format!("cannot change the limits of container {container}"))
+        if !Sizes::name_memory(resources) {
+            return live.agent.update(&root, limits).context(failed);
+        }
+        // First there is memory, then it may be used. A limit that is lifted leaves the machine what it has.
+        let limit = if sizes.memory == 0 { before } else { sizes.memory };
+        if limit > before
+            && let Err(failure) = self.grow(&mut growth, &live, self.memory_with(container, limit))
+        {
+            if sizes.memory > self.size.memory.bytes() {
+                return Err(Failure::because(failed(), failure));
+            }
+            // The machine has as much as this container may have; it is only less than all of them may together.
+            log::warn!("{}", failure.report());
+        }
+        let updated = live.agent.update(&root, limits).context(failed);
+        if let (Ok(()), Some(member)) = (&updated, self.members().get_mut(container)) {
+            member.memory = limit;
+        }
+        self.shrink(&mut growth, &live);
+        updated
     }
 
     fn put(&self, mut put: Put) -> Result<(), Failure> {
@@ -143,12 +188,44 @@ impl Sandbox for MachineSandbox {
         self.stages.live_or_last().map_or(0, |live| live.agent.memory_kills(&root))
     }
 
+    fn on_memory_kill(&self, heard: MemoryKill) {
+        if let Some(live) = self.stages.live_or_last() {
+            live.agent.on_memory_kill(move |_, _| heard());
+        }
+    }
+
+    fn answers(&self) -> bool {
+        self.stages.live().is_some_and(|live| live.agent.answers())
+    }
+
     fn remove(&self, container: &str) -> Result<(), Failure> {
         member::remove(self, container)
     }
 
+    fn save(
+        &self,
+        container: &str,
+        directory: &Path,
+        base: Option<&BaseMemory>,
+    ) -> Result<SavedMachine, Failure> {
+        let saving = Saving { directory, with_layers: true, paused: false, base };
+        save::save(self, container, &saving).map_err(|failure| self.stages.explain(failure))
+    }
+
+    fn checkpoint(&self, container: &str, request: &CheckpointRequest) -> Result<(), Failure> {
+        checkpoint::write(self, container, request).map_err(|failure| self.stages.explain(failure))
+    }
+
     fn timeline(&self) -> Option<Timeline> {
-        self.timeline().clone()
+        Some(self.timeline.clone())
+    }
+
+    fn kill_machine(&self) {
+        if let Some(live) = self.stages.live()
+            && let Err(failure) = self.stages.kill(&live)
+        {
+            log::error!("{}", failure.report());
+        }
     }
 
     fn wait_machine(&self) -> String {
@@ -156,7 +233,8 @@ impl Sandbox for MachineSandbox {
     }
 
     fn end(&self) -> Result<(), Failure> {
-        let ended = self.end_machine();
+        let _alone = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = self.end_machine(Instant::now() + ASKING_TIME);
         let cleaned = self.clean_up();
         ended.and(cleaned)
     }

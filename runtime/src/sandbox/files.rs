@@ -49,6 +49,21 @@ impl Tree {
         changes
     }
 
+    /// The bytes of what is one file.
+    pub(super) fn file(&self) -> Option<&[u8]> {
+        match self.0.as_slice() {
+            [PutEntry { content: PutContent::File { bytes, .. }, .. }] => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// What is one file has these bytes now.
+    pub(super) fn set_file(&mut self, new: Vec<u8>) {
+        if let [PutEntry { content: PutContent::File { bytes, .. }, .. }] = self.0.as_mut_slice() {
+            *bytes = new;
+        }
+    }
+
     /// All of it.
     pub(super) fn entries(&self) -> Vec<PutEntry> {
         self.0.clone()

@@ -4,34 +4,34 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use mvm_protocol::{Configure, Identity, ShutdownMode};
+use mvm_devices::virtio::DeviceSpec;
+use mvm_protocol::Configure;
 use mvm_vmm::config::MachineId;
 use oci_spec::runtime::Spec;
 
-use super::SandboxRequest;
+use super::beginning::{Begun, Wanted};
+use super::growth::Growth;
 use super::launcher::MachineLauncher;
 use super::member::Member;
 use super::shares::Shares;
 use super::stage::{Live, Stages};
 use super::updates::Updates;
 use super::wiring::Wiring;
-use crate::container::{CMDLINE, Timeline};
+use super::{SandboxRequest, cgroup};
+use crate::agent::{AgentClient, fresh_identity};
+use crate::container::devices;
 use crate::failure::{Context, Failure};
-use crate::guest::GuestFiles;
-use crate::machine::{Disk, Plan, prepare};
-use crate::net::{NetRequest, Netns};
+use crate::machine::{Disk, Machine, Plan, prepare};
+use crate::net::{Choice, NetRequest, Netns};
 use crate::rootfs::{UPPER_BYTES, Upper};
-use crate::spec::{Settings, Size, size};
+use crate::spec::{Host, Settings, Size, size};
+use crate::state::{Ledger, Resource};
+use crate::template::{Recipe, Source, Templates};
+use crate::timeline::{Timeline, Track};
 
-/// Time from the machine's start to the agent's hello. Generous: an emulated host is thirty times slower.
-const AGENT_TIME: Duration = Duration::from_secs(60);
-/// Time processes get between being asked to end and being killed.
-const GRACE: Duration = Duration::from_secs(10);
-/// Time a guest gets after that to write its disks back and power off.
-const END_TIME: Duration = Duration::from_secs(60);
 /// Memory for the mount points that are missing in a root that is read-only, in bytes.
 const MOUNT_POINTS: u64 = 4 << 20;
 /// Log of the machine's process, in its sandbox's directory.
@@ -46,18 +46,39 @@ pub(super) struct MachineSandbox {
     settings: Settings,
     allowed_annotations: Vec<String>,
     pub(super) size: Size,
+    /// What the host can give it.
+    pub(super) host: Host,
+    /// The memory it was given beyond its size.
+    pub(super) growth: Mutex<Growth>,
     place: Place,
     /// Its cards, while it runs.
     wiring: Mutex<Option<Wiring>>,
+    /// Where its machine comes from.
+    source: Source,
     pod: bool,
     hostname: Option<String>,
+    /// Where its process is accounted.
+    cgroup: Option<PathBuf>,
     pub(super) stages: Arc<Stages>,
-    timeline: Mutex<Option<Timeline>>,
+    /// How its bus is laid out, once it is started.
+    layout: OnceLock<Layout>,
+    pub(super) timeline: Timeline,
     /// Held while a container is made or removed: its disks and shares are one change.
-    changing: Arc<Mutex<Shares>>,
+    pub(super) changing: Arc<Mutex<Shares>>,
     /// Watches what was copied, from the first copy on.
     updates: Mutex<Option<Updates>>,
     members: Mutex<BTreeMap<String, Member>>,
+    /// Held while it is ended: whoever ends it a second time waits for the first.
+    pub(super) ending: Mutex<()>,
+}
+
+/// What is where on a machine's bus.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// Disks and cards come after all else.
+    pub(super) plugged: bool,
+    /// What there is besides disks, cards and the vsock.
+    pub(super) devices: Vec<DeviceSpec>,
 }
 
 /// Where a machine's network is.
@@ -81,18 +102,28 @@ impl MachineSandbox {
             settings,
             allowed_annotations,
             size: size(&request.spec, &settings, launcher.host),
+            host: launcher.host,
+            growth: Mutex::default(),
             place: match &request.net {
                 Some(net) => Place::Made(net.clone()),
                 None => Place::Given(Netns::of(&request.spec)?),
             },
             wiring: Mutex::default(),
-            timeline: Mutex::default(),
+            source: Source {
+                choice: settings.template.unwrap_or(launcher.template),
+                templates: Templates::of(&launcher.state),
+                maker: launcher.maker.clone(),
+            },
+            layout: OnceLock::new(),
+            timeline: launcher.timeline.clone().unwrap_or_default(),
             pod: request.pod,
             hostname: request.spec.hostname().clone(),
+            cgroup: request.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()),
             stages: Stages::new(),
             changing: Arc::default(),
             updates: Mutex::default(),
             members: Mutex::default(),
+            ending: Mutex::default(),
         })
     }
 
@@ -135,104 +166,117 @@ impl MachineSandbox {
 
     /// Starts the machine with these disks; returns when its agent is ready.
     pub(super) fn start_machine(&self, disks: Vec<Disk>) -> Result<Arc<Live>, Failure> {
-        let guest = GuestFiles::find()?;
-        let initrd = guest.initrd(&self.state.join("guest"))?;
-        let mut wiring = match &self.place {
-            Place::Given(netns) => Wiring::prepare(netns, self.id.as_str())?,
-            Place::Made(net) => Wiring::make(net, self.id.as_str())?,
-        };
-        let plan = Plan {
-            id: self.id.clone(),
-            cpus: self.size.cpus,
-            memory: self.size.memory,
-            kernel: guest.kernel,
-            initrd: Some(initrd),
-            cmdline: CMDLINE.to_owned(),
-            disks,
-            nets: wiring.nets(),
-            // Whoever looks for the container's network looks where its process is.
-            netns: match &self.place {
-                Place::Given(netns) => Some(netns.clone()),
-                Place::Made(_) => None,
-            },
-            console: None,
-            vsock: true,
-            devices: Vec::new(),
-            sockets: None,
-        };
-        let prepared = prepare(&plan)?;
-        let log = self.log()?;
-        let mut machine = prepared.start(Some(log))?;
-        let mut timeline = Timeline::begin(machine.spawned_ns());
-        let agent = machine.agent(self.identity(), AGENT_TIME)?;
-        timeline.machine(&mut machine)?;
-        timeline.reach("agent says hello");
+        let stage = self.timeline.begin(Track::Host, "find kernel and agent");
+        let recipe = Recipe::new(&self.state, self.size.cpus, self.size.memory)?;
+        drop(stage);
+        let ledger = Ledger::of(&self.directory)?;
+        let stage = self.timeline.begin(Track::Host, "set network up");
+        let mut wiring = self.wire(&ledger)?;
+        drop(stage);
+        let wanted = Wanted { sandbox: self, ledger: &ledger, recipe, disks, nets: wiring.nets() };
+        let Begun { mut machine, agent, bare } = wanted.begin(&self.source)?;
+        self.set_layout(Layout { plugged: bare, devices: devices() });
         let place = Configure { hostname: Some(self.hostname()), ..wiring.configure(&self.hostname()) };
-        agent.configure(place).context(|| "cannot configure the guest".to_owned())?;
-        timeline.reach("guest is configured");
-        *self.timeline() = Some(timeline);
+        let stage = self.timeline.begin(Track::Agent, "configure guest");
+        let configured = agent.configure(place).context(|| "cannot configure the guest".to_owned());
+        drop(stage);
+        configured.map_err(|failure| machine.explain(failure))?;
         let live = self.stages.start(machine, agent)?;
         wiring.follow(&self.stages, self.pod)?;
-        *self.wiring() = Some(wiring);
+        self.keep_wiring(wiring);
         Ok(live)
     }
 
-    /// The stages of the start so far.
-    pub(super) fn timeline(&self) -> MutexGuard<'_, Option<Timeline>> {
-        self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has a machine run that is its own: noted, accounted, and its agent greeted.
+    pub(super) fn run(
+        &self,
+        plan: &Plan,
+        ledger: &Ledger,
+        patience: Duration,
+    ) -> Result<(Machine, AgentClient), Failure> {
+        let stage = self.timeline.begin(Track::Host, "open its files");
+        let prepared = prepare(plan)?;
+        drop(stage);
+        let mut machine = prepared.start(Some(open_log(&self.directory.join(LOG))?))?;
+        self.timeline.spawned(&machine);
+        ledger.note_process(machine.pid())?;
+        if let Some(cgroup) = &self.cgroup {
+            cgroup::join(cgroup, ledger, machine.pid().unsigned_abs());
+        }
+        let agent = self.timeline.agent(&mut machine, fresh_identity(self.hostname())?, patience)?;
+        Ok((machine, agent))
     }
 
-    /// A stage of the start is reached.
-    pub(super) fn reach(&self, stage: &'static str) {
-        if let Some(timeline) = &mut *self.timeline() {
-            timeline.reach(stage);
+    /// Where its process lives: whoever looks for the container's network looks there.
+    pub(super) fn netns(&self) -> Option<Netns> {
+        match &self.place {
+            Place::Given(netns) => Some(netns.clone()),
+            Place::Made(_) => None,
         }
     }
 
-    fn wiring(&self) -> MutexGuard<'_, Option<Wiring>> {
+    /// Makes its cards.
+    pub(super) fn wire(&self, ledger: &Ledger) -> Result<Wiring, Failure> {
+        match &self.place {
+            Place::Given(netns) => Wiring::prepare(netns, self.id.as_str(), ledger.try_clone()?),
+            Place::Made(net) => Wiring::make(net, self.id.as_str(), ledger),
+        }
+    }
+
+    /// Keeps them for as long as it runs.
+    pub(super) fn keep_wiring(&self, wiring: Wiring) {
+        *self.wiring() = Some(wiring);
+    }
+
+    /// Refuses to save a machine whose network another cannot go on with.
+    pub(super) fn check_network(&self) -> Result<(), Failure> {
+        let choice = match &self.place {
+            Place::Made(net) if matches!(net.choice, Choice::None | Choice::Nat(_) | Choice::HostOnly(_)) => {
+                return Ok(());
+            }
+            Place::Made(net) => format!("--net {}", net.choice),
+            // Its cards are replaced where it goes on, as those of a network that was made.
+            Place::Given(_) if !self.pod => return Ok(()),
+            Place::Given(_) => "a pod's network".to_owned(),
+        };
+        Err(Failure::new(format!("a machine with {choice} cannot be saved"))
+            .help("containers can be saved that run with --net none, nat or host-only"))
+    }
+
+    /// How its bus is laid out.
+    ///
+    /// # Errors
+    /// It was not started.
+    pub(super) fn layout(&self) -> Result<&Layout, Failure> {
+        self.layout.get().ok_or_else(|| Failure::new("the machine has not been started"))
+    }
+
+    /// It is started so.
+    pub(super) fn set_layout(&self, layout: Layout) {
+        // A machine is started once.
+        let _ = self.layout.set(layout);
+    }
+
+    /// Its cards.
+    pub(super) fn wiring(&self) -> MutexGuard<'_, Option<Wiring>> {
         self.wiring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn log(&self) -> Result<OwnedFd, Failure> {
-        let path = self.directory.join(LOG);
-        let file = File::options().create(true).append(true).open(&path);
-        Ok(file.context(|| format!("cannot write {}", path.display()))?.into())
-    }
-
-    fn hostname(&self) -> String {
+    pub(super) fn hostname(&self) -> String {
         self.hostname.clone().unwrap_or_else(|| self.id.to_string())
-    }
-
-    fn identity(&self) -> Identity {
-        let mut entropy = [0; 32];
-        // Without it the guest still has its CPU's and its kernel's own randomness.
-        let _ = mvm_devices::sys::random(&mut entropy);
-        let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let wall_clock_ns = u64::try_from(wall.as_nanos()).unwrap_or(0);
-        Identity { hostname: self.hostname(), wall_clock_ns, entropy }
-    }
-
-    /// Ends the machine, in order if it has disks whose content is kept.
-    pub(super) fn end_machine(&self) -> Result<(), Failure> {
-        self.stages.abandon("it was never started");
-        let Some(live) = self.stages.live() else { return Ok(()) };
-        let keeps = self.members().values().any(Member::keeps_writes);
-        let in_order = keeps
-            && live.agent.shut_down(ShutdownMode::PowerOff, GRACE).is_ok()
-            && self.stages.wait_at_most(GRACE + END_TIME);
-        if !in_order {
-            self.stages.kill(&live)?;
-        }
-        self.stages.wait();
-        Ok(())
     }
 
     /// Removes what the sandbox has on the host.
     pub(super) fn clean_up(&self) -> Result<(), Failure> {
+        let _stage = self.timeline.begin(Track::Host, "clean up");
         drop(self.wiring().take());
         drop(self.updates.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.changing().clear();
         self.members().clear();
+        if self.directory.is_dir() {
+            // All else of the ledger went with what was dropped.
+            Ledger::of(&self.directory)?.undo(|resource| matches!(resource, Resource::Cgroup { .. }))?;
+        }
         match fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(Failure::because(format!("cannot remove {}", self.directory.display()), error))
@@ -242,8 +286,14 @@ impl MachineSandbox {
     }
 }
 
+/// Opens the log of a machine's process.
+fn open_log(path: &Path) -> Result<OwnedFd, Failure> {
+    let file = File::options().create(true).append(true).open(path);
+    Ok(file.context(|| format!("cannot write {}", path.display()))?.into())
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use serde_json::json;
@@ -251,7 +301,10 @@ mod tests {
     use super::*;
     use crate::sandbox::{ContainerRequest, Sandbox};
 
-    fn planned(directory: &Path, spec: serde_json::Value) -> Result<MachineSandbox, Failure> {
+    pub(in crate::sandbox) fn planned(
+        directory: &Path,
+        spec: serde_json::Value,
+    ) -> Result<MachineSandbox, Failure> {
         let launcher = MachineLauncher { state: directory.join("state"), ..Default::default() };
         let directory = directory.join("sandbox");
         fs::create_dir_all(&directory).unwrap();
@@ -260,7 +313,7 @@ mod tests {
         MachineSandbox::new(&launcher, &request)
     }
 
-    fn alone() -> serde_json::Value {
+    pub(in crate::sandbox) fn alone() -> serde_json::Value {
         json!({"linux": {"namespaces": [{"type": "network"}]}})
     }
 

@@ -4,20 +4,29 @@
 //! becomes a disk, a file in the guest, a message to the agent or a refusal is decided behind [`Sandbox`]. Every
 //! call blocks and may be made from any thread; engines that must not block call from threads of their own.
 
+mod beginning;
 mod calls;
+mod cgroup;
+mod checkpoint;
+mod ending;
 mod files;
+mod growth;
 mod launcher;
+mod limits;
 mod machine;
 mod member;
+mod restore;
+mod save;
 mod shares;
 mod stage;
 mod updates;
 mod volumes;
 mod wiring;
+mod write_back;
 
 pub use launcher::MachineLauncher;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mvm_protocol::{ExitStatus, Get, Got, Put, RootStats, SignalTarget, WindowSize};
@@ -25,9 +34,10 @@ use mvm_vmm::config::MachineId;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 
 use crate::agent::{Process, StdioSpec};
-use crate::container::Timeline;
 use crate::failure::Failure;
 use crate::net::NetRequest;
+use crate::snapshot::{BaseMemory, Going, SavedMachine};
+use crate::timeline::Timeline;
 
 /// Makes sandboxes.
 pub trait Launcher: Send + Sync {
@@ -37,6 +47,56 @@ pub trait Launcher: Send + Sync {
     /// # Errors
     /// Whatever of it fails first; nothing is left behind then.
     fn boot(&self, request: &SandboxRequest) -> Result<Arc<dyn Sandbox>, Failure>;
+
+    /// Has a machine go on with a container in it; that, and the container's first process.
+    ///
+    /// # Errors
+    /// It does not fit this host, or whatever fails first; nothing is left behind then.
+    fn restore(
+        &self,
+        request: &SandboxRequest,
+        container: &ContainerRequest,
+        going: &Going,
+    ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
+        let _ = (container, going);
+        Err(Failure::new(format!("cannot restore machine {}: it would be none", request.id)))
+    }
+
+    /// Has a container go on from its checkpoint in a machine of its own; that, and the container's first process. Its
+    /// processes stand still until [`Sandbox::resume`].
+    ///
+    /// # Errors
+    /// The checkpoint is none, is damaged, does not fit this host or the container (a refusal), or whatever fails
+    /// first; nothing is left behind then.
+    fn restore_checkpoint(
+        &self,
+        request: &SandboxRequest,
+        container: &ContainerRequest,
+        from: &RestoreRequest,
+    ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
+        let _ = (container, from);
+        Err(Failure::new(format!("cannot restore machine {}: it would be none", request.id)))
+    }
+}
+
+/// How a container is saved for its engine.
+#[derive(Clone, Debug)]
+pub struct CheckpointRequest {
+    /// Where to: a directory with nothing in it.
+    pub directory: PathBuf,
+    /// Its first process has a terminal.
+    pub terminal: bool,
+    /// It is paused, and stays so.
+    pub paused: bool,
+}
+
+/// What a container goes on from.
+#[derive(Clone, Debug)]
+pub struct RestoreRequest {
+    /// The directory of its checkpoint.
+    pub checkpoint: PathBuf,
+    /// The streams of its first process.
+    pub stdio: StdioSpec,
 }
 
 /// What a sandbox is made for.
@@ -81,13 +141,16 @@ pub struct RootfsMount {
     pub options: Vec<String>,
 }
 
+/// Who is told of kills for want of memory.
+pub type MemoryKill = Arc<dyn Fn() + Send + Sync>;
+
 /// A machine that containers live in.
 ///
 /// Containers are named by id, processes by the id [`Process`] carries. The loss of the machine fails every call;
 /// [`Sandbox::wait_machine`] tells it first.
 pub trait Sandbox: Send + Sync {
-    /// The host's process that is the machine; it lives in the sandbox's network name space. 0 as long as the machine
-    /// is not booted: it always is once a container was made.
+    /// The host's process that is the machine, or was; it lives in the sandbox's network name space. 0 as long as the
+    /// machine is not booted: it always is once a container was made.
     fn pid(&self) -> u32;
 
     /// Makes a container: its disks are attached, its root and surroundings made.
@@ -106,8 +169,13 @@ pub trait Sandbox: Send + Sync {
     /// How a process ended, waiting for it; by then its output streams hold all it wrote. Given once.
     ///
     /// # Errors
-    /// The machine is lost.
+    /// The machine is lost, or the process was given up.
     fn wait(&self, process: u64) -> Result<ExitStatus, Failure>;
+
+    /// Gives a process up that its guest does not end, or of which nobody wants to know how it ends: whoever waits for
+    /// it is told of a failure, and its end is nobody's should it be told later. The guest is asked nothing. One whose
+    /// end was told does not mind.
+    fn abandon(&self, process: u64);
 
     /// Sends a signal. Telling a process that has ended is no error.
     ///
@@ -148,7 +216,7 @@ pub trait Sandbox: Send + Sync {
     /// Changes a container's limits.
     ///
     /// # Errors
-    /// A limit the guest cannot hold, or the agent does not answer.
+    /// A limit the guest cannot hold, one above what the machine can become, or the agent does not answer.
     fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), Failure>;
 
     /// Puts files into the guest.
@@ -166,6 +234,14 @@ pub trait Sandbox: Send + Sync {
     /// Kills in a container for want of memory so far. Cheap: nothing is asked.
     fn memory_kills(&self, container: &str) -> u64;
 
+    /// From now on has `heard` told whenever [`Sandbox::memory_kills`] of a container may have changed, for as long as
+    /// the machine that is booted now runs. It must not wait, nor call the sandbox; a guest can have it called as
+    /// often as it likes.
+    fn on_memory_kill(&self, heard: MemoryKill);
+
+    /// Whether the guest's agent answers at all. Waits for the answer, but not for long.
+    fn answers(&self) -> bool;
+
     /// Removes a container: what is left of its processes is killed, its disks detached. One that is not there is
     /// no error.
     ///
@@ -173,10 +249,43 @@ pub trait Sandbox: Send + Sync {
     /// The agent does not answer.
     fn remove(&self, container: &str) -> Result<(), Failure>;
 
-    /// When each stage of its first container's start was reached; `None` before there is one, or if nobody knows.
+    /// Saves the machine with its only container into files in `directory`, to go on from there as another. With a `base`
+    /// it is the changes to that which are saved of its memory. It is held meanwhile and goes on, whatever comes of it.
+    ///
+    /// # Errors
+    /// The container cannot be saved, or the host's reason.
+    fn save(
+        &self,
+        container: &str,
+        directory: &Path,
+        _base: Option<&BaseMemory>,
+    ) -> Result<SavedMachine, Failure> {
+        Err(Failure::new(format!(
+            "cannot save container {container} to {}: it is in no machine",
+            directory.display()
+        )))
+    }
+
+    /// Saves the machine with its only container into a directory that its engine keeps, from which
+    /// [`Launcher::restore_checkpoint`] goes on. It is held meanwhile and goes on, whatever comes of it.
+    ///
+    /// # Errors
+    /// The container cannot be saved (a refusal), or the host's reason; nothing is left in the directory then.
+    fn checkpoint(&self, container: &str, request: &CheckpointRequest) -> Result<(), Failure> {
+        Err(Failure::new(format!(
+            "cannot save container {container} to {}: it is in no machine",
+            request.directory.display()
+        )))
+    }
+
+    /// The stages of its start, and of its containers'; `None` if nobody writes them down.
     fn timeline(&self) -> Option<Timeline> {
         None
     }
+
+    /// Kills the machine, whatever becomes of what its guest has not written back; what it leaves on the host is
+    /// removed by [`Sandbox::end`]. Does nothing if it has ended.
+    fn kill_machine(&self);
 
     /// Waits until the machine has ended, by itself or by [`Sandbox::end`]; tells how, for people.
     fn wait_machine(&self) -> String;

@@ -3,17 +3,19 @@
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::time::Instant;
 
-use mvm_protocol::{ContainerMount, ContainerSource, Lower};
+use mvm_protocol::{ContainerMount, ContainerSource, DiskNode, Lower};
 use sha2::{Digest, Sha256};
 
 use super::RootfsMount;
 use super::files::{MAX_BYTES, NotCopied, Tree};
 use super::shares::{Content, Shares};
 use crate::failure::{Context, Failure};
+use crate::hex::hex;
 use crate::machine::Disk;
 use crate::rootfs::{self, Prepared, Upper};
-use crate::spec::{HostMount, MountPart, Refused};
+use crate::spec::{HostDisk, HostMount, MountPart, Refused};
 
 /// Part of the paths of volumes that a kubelet makes empty for a pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
@@ -25,12 +27,25 @@ const SHM_BYTES: u64 = 64 << 20;
 pub(super) struct Volumes {
     /// All its mounts, in order.
     pub(super) mounts: Vec<ContainerMount>,
-    /// Disks for some of them.
+    /// Nodes of disks.
+    pub(super) nodes: Vec<DiskNode>,
+    /// Disks for some of these.
     pub(super) disks: Vec<Disk>,
     /// Names of shares they show.
     pub(super) shared: Vec<String>,
     /// Images in use.
     images: Vec<Prepared>,
+}
+
+impl Volumes {
+    /// Where the first of them is that shows something of the host.
+    pub(super) fn first_of_host(&self) -> Option<&str> {
+        let of_host = |it: &&ContainerMount| {
+            matches!(it.source, ContainerSource::Shared(_) | ContainerSource::Disk { .. })
+        };
+        let mount = self.mounts.iter().find(of_host).map(|mount| mount.target.as_str());
+        mount.or_else(|| self.nodes.first().map(|node| node.path.as_str()))
+    }
 }
 
 /// What volumes need of the sandbox they are brought into.
@@ -42,28 +57,26 @@ pub(super) trait Host {
     fn watch(&self, source: &Path);
 }
 
-/// Brings the mounts of container `id`. Nothing is taken of `shares` if that fails.
+/// Brings the mounts and disks of container `id`. Nothing is taken of `shares` if that fails.
 pub(super) fn bring(
     id: &str,
     parts: Vec<MountPart>,
+    disks: &[HostDisk],
     host: &dyn Host,
     shares: &mut Shares,
 ) -> Result<Volumes, Failure> {
     let mut bringing = Bringing { id, host, shares, volumes: Volumes::default() };
-    for part in parts {
-        let brought = match part {
-            MountPart::Guest(mount) => Ok(mount),
-            MountPart::Host(mount) => bringing.host(&mount).map(|source| mount.from(source)),
-        };
-        match brought {
-            Ok(mount) => bringing.volumes.mounts.push(mount),
-            Err(failure) => {
-                bringing.shares.release(None, &bringing.volumes.shared);
-                return Err(failure);
-            }
+    let brought = parts
+        .into_iter()
+        .try_for_each(|part| bringing.mount(part))
+        .and_then(|()| disks.iter().try_for_each(|disk| bringing.device(disk)));
+    match brought {
+        Ok(()) => Ok(bringing.volumes),
+        Err(failure) => {
+            bringing.shares.release(None, &bringing.volumes.shared, Instant::now());
+            Err(failure)
         }
     }
-    Ok(bringing.volumes)
 }
 
 struct Bringing<'a> {
@@ -74,6 +87,53 @@ struct Bringing<'a> {
 }
 
 impl Bringing<'_> {
+    fn mount(&mut self, part: MountPart) -> Result<(), Failure> {
+        let mount = match part {
+            MountPart::Guest(mount) => mount,
+            MountPart::Host(mount) if mount.filesystem.is_none() && is_disk(&mount.source) => {
+                return self.bound_device(&mount);
+            }
+            MountPart::Host(mount) => mount.from(self.host(&mount)?),
+        };
+        self.volumes.mounts.push(mount);
+        Ok(())
+    }
+
+    /// A bind mount of a disk: its node.
+    fn bound_device(&mut self, mount: &HostMount) -> Result<(), Failure> {
+        let facts =
+            fs::metadata(&mount.source).context(|| format!("cannot look at {}", mount.source.display()))?;
+        let serial = self.disk(&mount.source, mount.read_only());
+        self.volumes.nodes.push(DiskNode {
+            path: mount.target.clone(),
+            serial,
+            mode: facts.mode() & 0o777,
+            uid: facts.uid(),
+            gid: facts.gid(),
+        });
+        Ok(())
+    }
+
+    /// A disk by its numbers: its node.
+    fn device(&mut self, disk: &HostDisk) -> Result<(), Failure> {
+        let source = disk.source().filter(|source| is_disk(source)).ok_or_else(|| {
+            let (major, minor) = disk.number;
+            Refused::new("linux.devices", format!("{}: the host has no disk {major}:{minor}", disk.path))
+        })?;
+        let serial = self.disk(&source, disk.read_only);
+        let (path, mode, uid, gid) = (disk.path.clone(), disk.mode, disk.uid, disk.gid);
+        self.volumes.nodes.push(DiskNode { path, serial, mode, uid, gid });
+        Ok(())
+    }
+
+    /// A disk for the machine; its serial.
+    fn disk(&mut self, source: &Path, read_only: bool) -> String {
+        let serial = self.serial();
+        let path = source.to_path_buf();
+        self.volumes.disks.push(Disk { path, read_only, serial: serial.clone(), throwaway: false });
+        serial
+    }
+
     fn host(&mut self, mount: &HostMount) -> Result<ContainerSource, Failure> {
         let facts = fs::metadata(&mount.source)
             .context(|| format!("cannot mount {} at {}", mount.source.display(), mount.target))?;
@@ -82,26 +142,23 @@ impl Bringing<'_> {
             if !kind.is_file() && !kind.is_block_device() {
                 return Err(refuse(mount, "is neither a disk nor an image of one"));
             }
-            let serial = self.serial();
-            self.volumes.disks.push(Disk {
-                path: mount.source.clone(),
-                read_only: mount.read_only(),
-                serial: serial.clone(),
-                throwaway: false,
-            });
+            let serial = self.disk(&mount.source, mount.read_only());
             return Ok(ContainerSource::Disk { serial, filesystem });
         }
         if kind.is_dir() {
             return self.directory(mount, &facts);
         }
         if !kind.is_file() {
-            let why = match kind.is_block_device() {
-                true => "is a disk: mount the file system on it, with the mount's type ext4 or erofs",
-                false => "is a socket, pipe or device of the host, which the guest cannot open",
-            };
-            return Err(refuse(mount, why));
+            return Err(refuse(
+                mount,
+                "is a socket, pipe or device of the host, which the guest cannot open",
+            ));
         }
-        self.copy(mount)?.ok_or_else(|| {
+        let copied = self.copy(mount)?;
+        if copied.is_some() && !mount.read_only() {
+            self.shares.hold_original(&mount.source);
+        }
+        copied.ok_or_else(|| {
             let why =
                 format!("is a file of more than {MAX_BYTES} bytes; those are not copied into the guest");
             refuse(mount, &why)
@@ -179,9 +236,13 @@ impl Bringing<'_> {
     /// A serial that no other disk of the machine has.
     fn serial(&self) -> String {
         let digest = Sha256::digest(self.id.as_bytes());
-        let id: String = digest.iter().take(7).map(|byte| format!("{byte:02x}")).collect();
+        let id = hex(digest.iter().take(7));
         format!("{id}-v{}", self.volumes.disks.len())
     }
+}
+
+fn is_disk(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|facts| facts.file_type().is_block_device())
 }
 
 fn refuse(mount: &HostMount, why: &str) -> Failure {
@@ -219,7 +280,7 @@ mod tests {
     }
 
     fn bring_one(mount: HostMount, shares: &mut Shares) -> Result<Volumes, Failure> {
-        bring("c1", vec![MountPart::Host(mount)], &Nowhere, shares)
+        bring("c1", vec![MountPart::Host(mount)], &[], &Nowhere, shares)
     }
 
     #[test]
@@ -280,8 +341,44 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let mut shares = Shares::default();
         let parts = [(file, "/f"), (socket, "/s")].map(|(path, at)| MountPart::Host(mount(path, at, true)));
-        let failure = bring("c1", parts.to_vec(), &Nowhere, &mut shares).unwrap_err();
+        let failure = bring("c1", parts.to_vec(), &[], &Nowhere, &mut shares).unwrap_err();
         assert!(failure.report().contains("socket"), "{}", failure.report());
         assert!(shares.is_empty());
+    }
+
+    /// A disk of this host with its number, if it has one; nothing is read of it.
+    fn any_disk() -> Option<(PathBuf, (u32, u32))> {
+        let disks = fs::read_dir("/sys/dev/block").ok()?.flatten();
+        disks
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let (major, minor) = name.split_once(':')?;
+                let number = (major.parse().ok()?, minor.parse().ok()?);
+                let disk =
+                    HostDisk { number, read_only: false, path: String::new(), mode: 0, uid: 0, gid: 0 };
+                Some((disk.source().filter(|source| is_disk(source))?, number))
+            })
+            .next()
+    }
+
+    #[test]
+    fn a_disk_becomes_one_of_the_machine_with_a_node_by_its_path_or_by_its_number() {
+        let mut shares = Shares::default();
+        let missing =
+            HostDisk { number: (4000, 1), read_only: false, path: "/dev/y".into(), mode: 0, uid: 0, gid: 0 };
+        let failure = bring("c1", vec![], std::slice::from_ref(&missing), &Nowhere, &mut shares).unwrap_err();
+        assert!(failure.report().contains("/dev/y: the host has no disk 4000:1"), "{}", failure.report());
+        let Some((source, number)) = any_disk() else { return };
+        let by_path = vec![MountPart::Host(mount(source.clone(), "/dev/x", true))];
+        let by_number = HostDisk { number, mode: 0o640, gid: 6, ..missing };
+        let volumes = bring("c1", by_path, &[by_number], &Nowhere, &mut shares).unwrap();
+        let [first, second] = volumes.disks.as_slice() else { panic!("{:?}", volumes.disks) };
+        assert_eq!((&first.path, first.read_only), (&source, true));
+        assert_eq!((&second.path, second.read_only), (&source, false));
+        assert_ne!(first.serial, second.serial);
+        let [x, y] = volumes.nodes.as_slice() else { panic!("{:?}", volumes.nodes) };
+        assert_eq!((x.path.as_str(), &x.serial), ("/dev/x", &first.serial));
+        assert_eq!((y.path.as_str(), &y.serial, y.mode, y.gid), ("/dev/y", &second.serial, 0o640, 6));
+        assert!(volumes.mounts.is_empty());
     }
 }

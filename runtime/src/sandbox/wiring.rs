@@ -1,8 +1,9 @@
 //! A machine's place in its network name space: cards for the links there are, one kept for a link that comes late.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use mvm_devices::virtio::net::MacAddress;
 use mvm_protocol::Configure;
 
 use super::stage::Stages;
@@ -12,6 +13,7 @@ use crate::net::{
     Connection, Net, NetRequest, Netns, Network, PortForward, SpareTap, Twin, Watch, forward_localhost,
     mac_of, scan, twin, watch,
 };
+use crate::state::{Ledger, Resource};
 
 /// A machine's network. Undone when dropped.
 #[derive(Debug)]
@@ -24,13 +26,13 @@ pub(super) enum Wiring {
 
 impl Wiring {
     /// Makes taps for the links of `netns`, or one in reserve for machine `id` if there is no network yet.
-    pub(super) fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
-        Followed::prepare(netns, id).map(Self::Followed)
+    pub(super) fn prepare(netns: &Netns, id: &str, ledger: Ledger) -> Result<Self, Failure> {
+        Followed::prepare(netns, id, ledger).map(Self::Followed)
     }
 
     /// Makes a network for machine `id`.
-    pub(super) fn make(net: &NetRequest, id: &str) -> Result<Self, Failure> {
-        net.connect(id).map(Self::Made)
+    pub(super) fn make(net: &NetRequest, id: &str, ledger: &Ledger) -> Result<Self, Failure> {
+        net.connect(id, Some(ledger)).map(Self::Made)
     }
 
     /// The cards the machine is started with.
@@ -38,6 +40,17 @@ impl Wiring {
         match self {
             Self::Followed(followed) => followed.nets(),
             Self::Made(connection) => connection.nets.clone(),
+        }
+    }
+
+    /// No card comes or goes as long as this is there.
+    pub(super) fn stand_still(&self) -> StandingCards<'_> {
+        match self {
+            Self::Followed(followed) => {
+                let cards = followed.cards.lock().unwrap_or_else(PoisonError::into_inner);
+                StandingCards { nets: cards.nets(), held: Some(cards) }
+            }
+            Self::Made(connection) => StandingCards { nets: connection.nets.clone(), held: None },
         }
     }
 
@@ -63,6 +76,34 @@ impl Wiring {
     }
 }
 
+/// The cards of a machine, none of which comes or goes.
+#[derive(Debug, Default)]
+pub(super) struct StandingCards<'a> {
+    nets: Vec<Net>,
+    /// What an engine changes waits for this.
+    held: Option<MutexGuard<'a, Cards>>,
+}
+
+impl StandingCards<'_> {
+    /// Their hardware addresses, in order.
+    pub(super) fn addresses(&self) -> Vec<MacAddress> {
+        let mac = |net: &Net| match net {
+            Net::Open(tap) => Some(tap.mac),
+            Net::Tap(tap) => tap.mac,
+            Net::None => None,
+        };
+        self.nets.iter().filter_map(mac).collect()
+    }
+
+    /// Refuses a machine that has a card of a link that its engine has taken away: who goes on would have fewer.
+    pub(super) fn check(&self, control: &Control) -> Result<(), Failure> {
+        if self.held.is_none() || control.cards()?.len() == self.nets.len() {
+            return Ok(());
+        }
+        Err(Failure::new("a machine that has lost a link of its network cannot be saved").refused())
+    }
+}
+
 /// The cards for an engine's network and what keeps them up to date.
 #[derive(Debug)]
 pub(super) struct Followed {
@@ -75,8 +116,10 @@ pub(super) struct Followed {
 }
 
 /// The taps of a machine's cards.
-#[derive(Debug, Default)]
-struct Cards {
+#[derive(Debug)]
+pub(super) struct Cards {
+    /// Where they are noted.
+    ledger: Ledger,
     /// Those that stand for a link.
     twins: Vec<Twin>,
     /// One that waits for a link.
@@ -84,21 +127,20 @@ struct Cards {
 }
 
 impl Followed {
-    fn prepare(netns: &Netns, id: &str) -> Result<Self, Failure> {
+    fn prepare(netns: &Netns, id: &str, ledger: Ledger) -> Result<Self, Failure> {
         let known = scan(netns).context(|| format!("cannot read the network of {netns}"))?;
         let cards = if known.is_usable() {
-            let twins = known.links.iter().map(|link| twin(netns, link)).collect::<Result<_, _>>()?;
-            Cards { twins, spare: None }
+            let twins = known.links.iter().map(|link| twin(netns, link, Some(&ledger)));
+            Cards { twins: twins.collect::<Result<_, _>>()?, spare: None, ledger }
         } else {
-            Cards { twins: Vec::new(), spare: Some(SpareTap::make(netns, mac_of(id))?) }
+            Cards { twins: Vec::new(), spare: Some(SpareTap::make(netns, mac_of(id))?), ledger }
         };
         let cards = Arc::new(Mutex::new(cards));
         Ok(Self { netns: netns.clone(), known, cards, _watch: None, _forward: None })
     }
 
     fn nets(&self) -> Vec<Net> {
-        let cards = self.cards.lock().unwrap_or_else(PoisonError::into_inner);
-        cards.twins.iter().map(Twin::net).chain(cards.spare.iter().map(SpareTap::net)).collect()
+        self.cards.lock().unwrap_or_else(PoisonError::into_inner).nets()
     }
 
     fn configure(&self) -> Configure {
@@ -115,6 +157,10 @@ impl Followed {
         };
         self._watch = Some(watch(&self.netns, self.known.clone(), report)?);
         if forward {
+            if let Some(path) = self.netns.path() {
+                let cards = self.cards.lock().unwrap_or_else(PoisonError::into_inner);
+                cards.ledger.note(&Resource::Forward { netns: path.to_path_buf() })?;
+            }
             let told = Arc::clone(stages);
             let connect = move |port| {
                 let live = told.live().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?;
@@ -130,6 +176,10 @@ impl Followed {
 }
 
 impl Cards {
+    fn nets(&self) -> Vec<Net> {
+        self.twins.iter().map(Twin::net).chain(self.spare.iter().map(SpareTap::net)).collect()
+    }
+
     /// Gives the guest a card for each link that is new, and tells it of everything.
     fn follow(&mut self, netns: &Netns, mut network: Network, stages: &Stages) -> Result<(), Failure> {
         let Some(live) = stages.live() else { return Ok(()) };
@@ -137,17 +187,17 @@ impl Cards {
             return Ok(());
         }
         self.twins.retain(|twin| network.links.iter().any(|link| link.name == twin.link()));
-        let control = live.machine().control().clone();
+        let control = live.control();
         let mut attached = false;
         for link in &mut network.links {
             if self.twins.iter().any(|twin| twin.link() == link.name) {
                 continue;
             }
             let made = match self.spare.take() {
-                Some(spare) => spare.connect(link)?,
+                Some(spare) => spare.connect(link, Some(&self.ledger))?,
                 None => {
                     attached = true;
-                    plug(&control, twin(netns, link)?)?
+                    plug(&control, twin(netns, link, Some(&self.ledger))?)?
                 }
             };
             link.mac = made.mac();

@@ -1,5 +1,7 @@
 //! Device nodes and the rules of their use.
 
+use std::path::PathBuf;
+
 use mvm_protocol::{DeviceKind, DeviceNode, DeviceRule};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -33,12 +35,68 @@ const ALWAYS: [(DeviceKind, Option<u32>, Option<u32>, &str); 11] = [
     (DeviceKind::Char, Some(10), Some(200), "rwm"),
 ];
 
-/// The nodes a container gets besides those it always has.
+/// A disk of the host that a container gets the node of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostDisk {
+    /// Its numbers on the host, major and minor.
+    pub number: (u32, u32),
+    /// The container may not write to it.
+    pub read_only: bool,
+    /// Where in the container.
+    pub path: String,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl HostDisk {
+    /// Where the host has it, if it knows such a disk.
+    pub fn source(&self) -> Option<PathBuf> {
+        let (major, minor) = self.number;
+        let facts = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent")).ok()?;
+        let name = facts.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
+        Some(PathBuf::from("/dev").join(name))
+    }
+}
+
+/// The nodes a container gets besides those it always has, and the disks it gets nodes of. A disk is read-only if
+/// the last rule about it alone does not let it be written.
 ///
 /// # Errors
-/// A device of the host, which is not in the guest.
-pub(super) fn nodes(given: &[LinuxDevice]) -> Result<Vec<DeviceNode>> {
-    given.iter().map(node).collect()
+/// A device of the host that is no disk, which is not in the guest.
+pub(super) fn nodes(
+    given: &[LinuxDevice],
+    rules: &[LinuxDeviceCgroup],
+) -> Result<(Vec<DeviceNode>, Vec<HostDisk>)> {
+    let (disks, others): (Vec<_>, Vec<_>) =
+        given.iter().partition(|device| device.typ() == LinuxDeviceType::B);
+    let nodes = others.into_iter().map(node).collect::<Result<_>>()?;
+    Ok((nodes, disks.into_iter().map(|device| disk(device, rules)).collect::<Result<_>>()?))
+}
+
+fn disk(device: &LinuxDevice, rules: &[LinuxDeviceCgroup]) -> Result<HostDisk> {
+    let path = device.path().display();
+    let refuse = |why: &str| Refused::new("linux.devices", format!("{path} {why}"));
+    let number = |value: i64| u32::try_from(value).map_err(|_| refuse("has a number below zero"));
+    let path = device.path().to_str().filter(|path| path.starts_with('/'));
+    let about = |rule: &&LinuxDeviceCgroup| {
+        rule.typ() == Some(LinuxDeviceType::B)
+            && (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+    };
+    let writes = |rule: &LinuxDeviceCgroup| {
+        rule.allow() && rule.access().as_ref().is_none_or(|access| access.is_empty() || access.contains('w'))
+    };
+    Ok(HostDisk {
+        read_only: !rules.iter().rfind(about).is_none_or(writes),
+        number: (number(device.major())?, number(device.minor())?),
+        path: path.ok_or_else(|| refuse("is no absolute path"))?.to_owned(),
+        mode: device.file_mode().unwrap_or(0o666) & 0o7777,
+        uid: device.uid().unwrap_or(0),
+        gid: device.gid().unwrap_or(0),
+    })
 }
 
 fn node(device: &LinuxDevice) -> Result<DeviceNode> {
@@ -47,12 +105,7 @@ fn node(device: &LinuxDevice) -> Result<DeviceNode> {
     let kind = match device.typ() {
         LinuxDeviceType::C | LinuxDeviceType::U => DeviceKind::Char,
         LinuxDeviceType::P => DeviceKind::Fifo,
-        LinuxDeviceType::B => {
-            return Err(refuse(
-                "is a disk of the host: mount it instead (a bind mount of the device, or ext4)",
-            ));
-        }
-        LinuxDeviceType::A => return Err(refuse("has no type a node can have")),
+        LinuxDeviceType::A | LinuxDeviceType::B => return Err(refuse("has no type a node can have")),
     };
     let number = |value: i64| u32::try_from(value).map_err(|_| refuse("has a number below zero"));
     let (major, minor) = match kind {
@@ -158,7 +211,6 @@ mod tests {
     #[test]
     fn devices_of_the_host_are_refused_with_their_path() {
         for json in [
-            r#"{"path":"/dev/sda","type":"b","major":8,"minor":0}"#,
             r#"{"path":"/dev/sda","type":"c","major":195,"minor":0}"#,
             r#"{"path":"/dev/sda","type":"c","major":10,"minor":1}"#,
         ] {
@@ -166,6 +218,47 @@ mod tests {
             assert_eq!(refused.field, "linux.devices");
             assert!(refused.reason.contains("/dev/sda"), "{refused}");
         }
+    }
+
+    #[test]
+    fn disks_are_found_by_the_numbers_they_have_on_the_host() {
+        let device = |json| serde_json::from_str::<LinuxDevice>(json).unwrap();
+        let given = [
+            device(r#"{"path":"/dev/fuse","type":"c","major":10,"minor":229}"#),
+            device(r#"{"path":"/dev/x","type":"b","major":7,"minor":3,"fileMode":432,"gid":6}"#),
+        ];
+        let (nodes, disks) = nodes(&given, &[]).unwrap();
+        let (path, read_only) = ("/dev/x".to_owned(), false);
+        let disk = HostDisk { number: (7, 3), read_only, path, mode: 0o660, uid: 0, gid: 6 };
+        assert_eq!((nodes.len(), disks.as_slice()), (1, &[disk.clone()][..]));
+        assert_eq!(HostDisk { number: (4000, 1), ..disk.clone() }.source(), None);
+        // Whatever disks this host has.
+        for entry in std::fs::read_dir("/sys/dev/block").into_iter().flatten().flatten() {
+            let name = entry.file_name().into_string().unwrap();
+            let (major, minor) = name.split_once(':').unwrap();
+            let number = (major.parse().unwrap(), minor.parse().unwrap());
+            let path = HostDisk { number, ..disk.clone() }.source().unwrap();
+            let link = std::fs::read_link(entry.path()).unwrap();
+            assert_eq!(path.file_name(), link.file_name());
+        }
+        let odd = device(r#"{"path":"/dev/x","type":"b","major":-1,"minor":3}"#);
+        assert!(super::nodes(&[odd], &[]).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_the_last_rule_lets_be_read_only_is_read_only() {
+        let device = r#"{"path":"/dev/x","type":"b","major":7,"minor":3}"#;
+        let device: LinuxDevice = serde_json::from_str(device).unwrap();
+        let read_only = |rules: &str| {
+            let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(rules).unwrap();
+            super::nodes(std::slice::from_ref(&device), &rules).unwrap().1[0].read_only
+        };
+        let deny = r#"{"allow":false,"access":"rwm"}"#;
+        let write = r#"{"allow":true,"type":"b","major":7,"minor":3,"access":"rwm"}"#;
+        let read = r#"{"allow":true,"type":"b","major":7,"minor":3,"access":"rm"}"#;
+        assert!(!read_only(&format!("[{deny}]")));
+        assert!(!read_only(&format!("[{deny},{read},{write}]")));
+        assert!(read_only(&format!("[{deny},{write},{read}]")));
     }
 
     #[test]

@@ -17,13 +17,16 @@ mod syscalls;
 #[cfg(test)]
 mod table_tests;
 
+pub use devices::HostDisk;
 pub use mounts::{HostMount, MountPart};
 pub use namespaces::Spaces;
 pub use process::{ProcessPart, process};
 pub use refused::{Refused, Result};
 pub use resources::limits;
 pub use seccomp::{Profile, profile};
-pub use settings::{ALLOWED, Host, MEMORY, PREFIX, Settings, Size, UPPER_SIZE, VCPUS, size};
+pub use settings::{
+    ALLOWED, Host, MEMORY, PREFIX, Settings, Size, TEMPLATE, UPPER_SIZE, VCPUS, memory_for, size,
+};
 
 use std::path::Path;
 
@@ -37,6 +40,8 @@ pub struct Translated {
     pub surroundings: Surroundings,
     /// Its mounts, in order.
     pub mounts: Vec<MountPart>,
+    /// Disks of the host that it gets the nodes of.
+    pub disks: Vec<HostDisk>,
     /// Its name spaces.
     pub spaces: Spaces,
     /// Its system call filter.
@@ -54,8 +59,9 @@ pub fn translate(spec: &Spec, bundle: &Path, cpus: u8) -> Result<Translated> {
     linux.map_or(Ok(()), check_linux)?;
     let spaces = namespaces::spaces(linux)?;
     let resources = linux.and_then(|linux| linux.resources().as_ref());
-    let nodes = devices::nodes(linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default())?;
     let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let given = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+    let (nodes, disks) = devices::nodes(given, rules)?;
     let surroundings = Surroundings {
         namespaces: spaces.namespaces.clone(),
         hostname: spec.hostname().clone(),
@@ -63,6 +69,7 @@ pub fn translate(spec: &Spec, bundle: &Path, cpus: u8) -> Result<Translated> {
         mounts: Vec::new(),
         device_rules: devices::rules(rules, &nodes)?,
         devices: nodes,
+        disks: Vec::new(),
         masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_deref()), "maskedPaths")?,
         read_only_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_deref()), "readonlyPaths")?,
         read_only_root: spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false),
@@ -74,6 +81,7 @@ pub fn translate(spec: &Spec, bundle: &Path, cpus: u8) -> Result<Translated> {
     Ok(Translated {
         surroundings,
         mounts: mounts::mounts(spec.mounts().as_deref().unwrap_or_default(), bundle)?,
+        disks,
         spaces,
         profile: profile(linux.and_then(|linux| linux.seccomp().as_ref()))?,
     })

@@ -7,6 +7,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 
 use super::refused::{Refused, Result};
 use super::resources::cpu_count;
+use crate::template::Choice;
 
 /// Beginning of the annotations that are mvm's.
 pub const PREFIX: &str = "io.mvm.";
@@ -16,8 +17,10 @@ pub const MEMORY: &str = "io.mvm.memory";
 pub const VCPUS: &str = "io.mvm.vcpus";
 /// Size of the disk of a container's writes: `512M`, `10G`; `0` has them in the guest's memory.
 pub const UPPER_SIZE: &str = "io.mvm.upper_size";
-/// The annotations that may be used unless a configuration says otherwise: sizes.
-pub const ALLOWED: [&str; 3] = [MEMORY, VCPUS, UPPER_SIZE];
+/// Whether the machine is made of a template: `auto`, `never`, `always`.
+pub const TEMPLATE: &str = "io.mvm.template";
+/// The annotations that may be used unless a configuration says otherwise: all there are.
+pub const ALLOWED: [&str; 4] = [MEMORY, VCPUS, UPPER_SIZE, TEMPLATE];
 
 /// What the guest's kernel, the agent and page tables take beside what a limit lets a container use, in MiB: a fixed
 /// part, and one part of so many of the limit.
@@ -35,6 +38,8 @@ pub struct Settings {
     pub cpus: Option<VcpuCount>,
     /// [`UPPER_SIZE`], in bytes; 0 is no disk.
     pub upper_bytes: Option<u64>,
+    /// [`TEMPLATE`].
+    pub template: Option<Choice>,
 }
 
 impl Settings {
@@ -64,6 +69,10 @@ impl Settings {
                     let size = || value.parse().map(|size: MemSize| size.bytes());
                     let bytes = if value == "0" { Ok(0) } else { size() };
                     settings.upper_bytes = Some(bytes.map_err(|_| not("size of a disk"))?);
+                }
+                TEMPLATE => {
+                    settings.template =
+                        Some(value.parse().map_err(|_| not("choice of auto, never and always"))?);
                 }
                 _ => return Err(refuse("nothing is known by this name".to_owned())),
             }
@@ -129,7 +138,8 @@ pub fn size(spec: &Spec, settings: &Settings, host: Host) -> Size {
     Size { cpus: settings.cpus.unwrap_or_else(|| count.try_into().unwrap_or_default()), memory }
 }
 
-fn memory_for(limit: Option<u64>, host: Host) -> MemSize {
+/// The memory of a machine for what has this limit in all, in bytes.
+pub fn memory_for(limit: Option<u64>, host: Host) -> MemSize {
     let Some(bytes) = limit else { return MemSize::default() };
     let mib = bytes.div_ceil(1 << 20);
     let wanted = mib.saturating_add(mib / OVERHEAD_SHARE).saturating_add(OVERHEAD_MIB);
@@ -206,16 +216,20 @@ mod tests {
         assert_eq!(sized(r#"{"annotations":{"io.mvm.memory":"1G","io.mvm.vcpus":"4"}}"#), (4, 1024));
         let annotations = HashMap::from([(UPPER_SIZE.to_owned(), "512M".to_owned())]);
         let settings = Settings::of(Some(&annotations), &ALLOWED).unwrap();
-        assert_eq!(settings.upper_bytes, Some(512 << 20));
+        assert_eq!((settings.upper_bytes, settings.template), (Some(512 << 20), None));
         assert_eq!(
             Settings::of(Some(&annotations), &[MEMORY]).unwrap_err().field,
             "annotations.io.mvm.upper_size"
         );
+        let annotations = HashMap::from([(TEMPLATE.to_owned(), "never".to_owned())]);
+        assert_eq!(Settings::of(Some(&annotations), &ALLOWED).unwrap().template, Some(Choice::Never));
     }
 
     #[test]
     fn annotations_that_say_nothing_sensible_are_refused_by_name() {
-        for (name, value) in [(MEMORY, "lots"), (VCPUS, "0"), (VCPUS, "33"), ("io.mvm.kernel", "/x")] {
+        for (name, value) in
+            [(MEMORY, "lots"), (VCPUS, "0"), (VCPUS, "33"), (TEMPLATE, "yes"), ("io.mvm.kernel", "/x")]
+        {
             let annotations = HashMap::from([(name.to_owned(), value.to_owned())]);
             let refused = Settings::of(Some(&annotations), &ALLOWED).unwrap_err();
             assert_eq!(refused.field, format!("annotations.{name}"));

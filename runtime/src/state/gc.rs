@@ -1,5 +1,8 @@
 //! Cleaning up after owners that died.
 
+use std::io::ErrorKind;
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::record::{Condition, now};
@@ -24,17 +27,19 @@ pub struct Cleaned {
 pub fn collect(home: &Home) -> Result<Vec<Cleaned>, Failure> {
     let mut cleaned = Vec::new();
     for directory in home.directories()? {
-        // Somebody's, or removed meanwhile.
-        let Ok(Some(owned)) = Owned::take(&directory) else { continue };
+        let Some(owned) = take(home, &directory) else { continue };
         let id = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let record = owned.read().ok();
-        if record.as_ref().is_some_and(|record| record.condition.has_ended() && !record.remove) {
+        let ended = record.as_ref().is_some_and(|record| record.condition.has_ended());
+        let keep = record.as_ref().is_some_and(|record| !record.remove);
+        let entries = owned.ledger().and_then(|ledger| ledger.entries());
+        if ended && keep && entries.is_ok_and(|entries| entries.is_empty()) {
             continue;
         }
         let settled = owned.ledger().and_then(|ledger| ledger.settle());
-        let keep = record.as_ref().is_some_and(|record| !record.remove);
         let result = match (settled, record) {
             (Err(failure), _) => Err(failure),
+            (Ok(()), Some(_)) if ended && keep => Ok(()),
             (Ok(()), Some(mut record)) if keep => {
                 record.condition = Condition::Lost { at: now() };
                 record.machine = None;
@@ -48,6 +53,20 @@ pub fn collect(home: &Home) -> Result<Vec<Cleaned>, Failure> {
         cleaned.push(Cleaned { id, removed: problem.is_none() && !keep, problem });
     }
     Ok(cleaned)
+}
+
+/// Takes over what nobody owns: `None` if it is somebody's, or was removed meanwhile.
+fn take(home: &Home, directory: &Path) -> Option<Owned> {
+    // What is being made is nobody's for a moment.
+    let _admitting = home.admitting().ok()?;
+    match Owned::take(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            // Whoever made it died before it was theirs: there is nothing in it.
+            let _ = std::fs::remove_dir(directory);
+            None
+        }
+        owned => owned.ok()?,
+    }
 }
 
 #[cfg(test)]
@@ -73,13 +92,19 @@ mod tests {
         drop(crashed);
         drop(make(&home, "crashed-rm", true, Condition::Running));
         drop(make(&home, "ended", false, Condition::Exited { code: 0, at: 1 }));
+        let untidy = make(&home, "untidy", false, Condition::Exited { code: 0, at: 1 });
+        let socket = dir.path().join("socket");
+        std::fs::write(&socket, "").unwrap();
+        untidy.ledger().unwrap().note(&Resource::File { path: socket.clone() }).unwrap();
+        drop(untidy);
         drop(home.create("half-made").unwrap());
 
         let mut cleaned = collect(&home).unwrap();
         cleaned.sort_by(|a, b| a.id.cmp(&b.id));
         let told: Vec<_> = cleaned.iter().map(|it| (it.id.as_str(), it.removed)).collect();
-        assert_eq!(told, [("crashed", false), ("crashed-rm", true), ("half-made", true)]);
-        assert!(!litter.exists());
+        let all = [("crashed", false), ("crashed-rm", true), ("half-made", true), ("untidy", false)];
+        assert_eq!(told, all);
+        assert!(!litter.exists() && !socket.exists());
         assert!(matches!(home.find("crashed").unwrap().record.condition, Condition::Lost { .. }));
         assert!(matches!(home.find("ended").unwrap().record.condition, Condition::Exited { .. }));
         assert!(home.find("alive").unwrap().owned);

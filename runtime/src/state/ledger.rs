@@ -7,14 +7,21 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::process::ProcessId;
+use crate::cgroup;
 use crate::failure::{Context, Failure};
+use crate::net::{TwinTrace, remove_forward, sweep_leases};
 
+/// Name of a ledger in the directory it is about.
+const NAME: &str = "ledger";
 /// Largest ledger that is read, in bytes.
 const MAX_LEDGER: u64 = 4 << 20;
+/// Longest wait for a process that was killed to be gone: until then it has what it had.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Something of the host that a container has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,15 +34,27 @@ pub enum Resource {
         /// Where.
         path: PathBuf,
     },
-    /// A directory with all in it.
+    /// A directory with all in it, and what a ledger in it names.
     Directory {
         /// Where.
         path: PathBuf,
     },
-    /// A control group; its processes are killed.
+    /// A control group; others may have made themselves at home in it, and then it stays.
     Cgroup {
         /// Where.
         path: PathBuf,
+    },
+    /// A tap that stands for a link, and the redirection between them.
+    Twin(TwinTrace),
+    /// What makes a name space's localhost the guest's.
+    Forward {
+        /// Where the network name space is.
+        netns: PathBuf,
+    },
+    /// A port of a bridge of ours: its lease, and what of bridges and rules of nftables follows from it.
+    Port {
+        /// Where the leases are.
+        leases: PathBuf,
     },
 }
 
@@ -46,11 +65,31 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Opens a ledger, new or old.
-    pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        let mut options = File::options();
-        let file = options.create(true).append(true).read(true).mode(0o600).open(path);
+    /// The ledger of what belongs to a directory, new or old.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn of(directory: &Path) -> Result<Self, Failure> {
+        let path = directory.join(NAME);
+        let file = File::options().create(true).append(true).read(true).mode(0o600).open(&path);
         Ok(Self { file: file.context(|| format!("cannot open {}", path.display()))? })
+    }
+
+    /// The same ledger for another user of it.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn try_clone(&self) -> Result<Self, Failure> {
+        Ok(Self { file: self.file.try_clone().context(|| "cannot share the ledger".to_owned())? })
+    }
+
+    /// Notes a process that has just been started.
+    ///
+    /// # Errors
+    /// It cannot be written down: then it must be ended.
+    pub fn note_process(&self, pid: i32) -> Result<(), Failure> {
+        // One that is gone already needs no note.
+        ProcessId::of(pid).map_or(Ok(()), |id| self.note(&Resource::Process(id)))
     }
 
     /// Notes a resource that is about to be made.
@@ -79,19 +118,28 @@ impl Ledger {
         Ok(text.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
     }
 
-    /// Undoes everything, the last first. What is not there is undone.
+    /// Undoes what `wanted` holds for, the last first. What is not there is undone.
     ///
     /// # Errors
     /// The first that could not be undone; the rest has been tried all the same.
-    pub fn settle(&self) -> Result<(), Failure> {
+    pub fn undo(&self, wanted: impl Fn(&Resource) -> bool) -> Result<(), Failure> {
         let mut first = Ok(());
-        for resource in self.entries()?.iter().rev() {
+        for resource in self.entries()?.iter().rev().filter(|resource| wanted(resource)) {
             let undone = resource.undo();
             if first.is_ok() {
                 first = undone;
             }
         }
         first
+    }
+
+    /// Undoes everything, the last first, and forgets it. What is not there is undone.
+    ///
+    /// # Errors
+    /// The first that could not be undone; the rest has been tried all the same.
+    pub fn settle(&self) -> Result<(), Failure> {
+        self.undo(|_| true)?;
+        self.file.set_len(0).context(|| "cannot empty the ledger".to_owned())
     }
 }
 
@@ -107,16 +155,23 @@ impl Resource {
         };
         match self {
             Self::Process(id) => {
-                id.kill();
-                Ok(())
+                if id.end(DYING) {
+                    return Ok(());
+                }
+                Err(Failure::new(format!("process {} was killed and does not end", id.pid)))
             }
             Self::File { path } => gone(fs::remove_file(path), path),
-            Self::Directory { path } => gone(fs::remove_dir_all(path), path),
-            Self::Cgroup { path } => {
-                // Version 2 has a file for it; what it does not reach the removal will say.
-                let _ = fs::write(path.join("cgroup.kill"), "1");
-                gone(fs::remove_dir(path), path)
+            Self::Directory { path } => {
+                if path.join(NAME).exists() {
+                    // What it names is lost with it: first that, then the directory.
+                    Ledger::of(path)?.settle()?;
+                }
+                gone(fs::remove_dir_all(path), path)
             }
+            Self::Cgroup { path } => gone(cgroup::remove(path), path),
+            Self::Twin(trace) => trace.remove(),
+            Self::Forward { netns } => remove_forward(netns),
+            Self::Port { leases } => sweep_leases(leases),
         }
     }
 }
@@ -129,7 +184,7 @@ mod tests {
     fn what_was_noted_is_undone_the_last_first_and_twice_is_once() {
         let dir = tempfile::tempdir().unwrap();
         let (outer, inner) = (dir.path().join("d"), dir.path().join("d/f"));
-        let ledger = Ledger::open(&dir.path().join("ledger")).unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
         ledger.note(&Resource::Directory { path: outer.clone() }).unwrap();
         ledger.note(&Resource::File { path: inner.clone() }).unwrap();
         ledger.note(&Resource::File { path: dir.path().join("never made") }).unwrap();
@@ -137,23 +192,52 @@ mod tests {
         fs::write(&inner, "").unwrap();
         ledger.settle().unwrap();
         assert!(!outer.exists());
+        assert_eq!(ledger.entries().unwrap(), []);
         ledger.settle().unwrap();
+    }
+
+    #[test]
+    fn a_directory_s_own_ledger_is_settled_before_it_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inner, elsewhere) = (dir.path().join("sandbox"), dir.path().join("elsewhere"));
+        fs::create_dir(&inner).unwrap();
+        fs::write(&elsewhere, "").unwrap();
+        Ledger::of(&inner).unwrap().note(&Resource::File { path: elsewhere.clone() }).unwrap();
+        Resource::Directory { path: inner.clone() }.undo().unwrap();
+        assert!(!inner.exists() && !elsewhere.exists());
+    }
+
+    #[test]
+    fn what_cannot_be_undone_stays_noted_and_the_rest_is_undone() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
+        let (file, stays) = (dir.path().join("file"), dir.path().join("stays"));
+        fs::create_dir(&stays).unwrap();
+        fs::write(&file, "").unwrap();
+        for path in [&file, &stays] {
+            ledger.note(&Resource::File { path: path.clone() }).unwrap(); // one is a directory
+        }
+        ledger.settle().unwrap_err();
+        assert!(!file.exists());
+        fs::remove_dir(&stays).unwrap();
+        ledger.settle().unwrap();
+        assert_eq!(ledger.entries().unwrap(), []);
     }
 
     #[test]
     fn every_prefix_of_a_ledger_names_the_whole_lines_of_it() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("ledger");
+        let path = dir.path().join(NAME);
         let files: Vec<_> = (0..4).map(|n| Resource::File { path: format!("/none/{n}").into() }).collect();
-        let ledger = Ledger::open(&path).unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
         files.iter().for_each(|file| ledger.note(file).unwrap());
         let whole = fs::read(&path).unwrap();
         for end in 0..=whole.len() {
             fs::write(&path, &whole[..end]).unwrap();
-            let entries = Ledger::open(&path).unwrap().entries().unwrap();
+            let entries = Ledger::of(dir.path()).unwrap().entries().unwrap();
             assert_eq!(entries, files[..entries.len()], "{end}");
             // And what is noted after a torn line is read.
-            let ledger = Ledger::open(&path).unwrap();
+            let ledger = Ledger::of(dir.path()).unwrap();
             ledger.note(&files[0]).unwrap();
             assert_eq!(ledger.entries().unwrap().last(), Some(&files[0]), "{end}");
         }
@@ -166,7 +250,7 @@ mod tests {
         let id = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
         Resource::Process(ProcessId { started: id.started + 1, ..id }).undo().unwrap();
         assert!(id.is_alive(), "another process was killed");
-        let ledger = Ledger::open(&dir.path().join("ledger")).unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
         ledger.note(&Resource::Process(id)).unwrap();
         ledger.settle().unwrap();
         assert!(!child.wait().unwrap().success());

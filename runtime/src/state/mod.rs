@@ -10,19 +10,20 @@
 //! | `control.sock` | where its owner takes requests |
 //! | `log` | what it has written |
 //!
-//! An owner that dies drops its lock: whoever takes it then knows that the ledger must be settled.
+//! A sandbox keeps a ledger of its own in its directory, which the container's ledger names. An owner that dies drops
+//! its lock: whoever takes it then knows that the ledger must be settled.
 
 pub mod events;
 mod gc;
 mod ledger;
+mod lock;
 mod process;
 mod record;
 
 pub use gc::{Cleaned, collect};
 pub use ledger::{Ledger, Resource};
 pub use process::ProcessId;
-pub(crate) use record::now;
-pub use record::{Condition, Record, Restart};
+pub use record::{Condition, Record, Restart, now};
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind};
@@ -31,6 +32,8 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use self::lock::Lock;
+use crate::container::directory_of;
 use crate::failure::{Context, Failure};
 
 /// Name of a container's control socket.
@@ -39,7 +42,6 @@ pub const CONTROL: &str = "control.sock";
 pub const LOG: &str = "log";
 const LOCK: &str = "lock";
 const RECORD: &str = "record.json";
-const LEDGER: &str = "ledger";
 
 /// The directory all containers of a user are found in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +51,7 @@ pub struct Home(PathBuf);
 #[derive(Debug)]
 pub struct Owned {
     directory: PathBuf,
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 /// A container as another process sees it.
@@ -66,7 +68,7 @@ pub struct Seen {
 impl Home {
     /// `MVM_RUN`, or `/run/mvm`.
     pub fn default_place() -> Self {
-        Self(std::env::var_os("MVM_RUN").map_or_else(|| PathBuf::from("/run/mvm"), PathBuf::from))
+        Self(directory_of("MVM_RUN", "/run/mvm"))
     }
 
     /// The home at `path`.
@@ -79,6 +81,25 @@ impl Home {
         &self.0
     }
 
+    /// A new container's directory with its record, owned by this process.
+    ///
+    /// # Errors
+    /// Its name or id is another's, or the directory cannot be made.
+    pub fn admit(&self, record: &Record) -> Result<Owned, Failure> {
+        let failed = || format!("cannot use {}", self.0.display());
+        private(true).create(&self.0).context(failed).map_err(as_root)?;
+        // One after the other: nobody is given a name between being looked for and being written down.
+        let _admitting = self.admitting().context(failed)?;
+        let name = &record.name;
+        let others = self.list()?;
+        if let Some(other) = others.iter().find(|it| it.record.name == *name || it.record.id == *name) {
+            return Err(Failure::new(format!("there is a container {name} already: {}", other.record.id))
+                .help(format!("choose another name, or remove it: mvm rm {name}")));
+        }
+        let owned = self.create(&record.id)?;
+        owned.write(record).map(|()| owned)
+    }
+
     /// A new container's directory, owned by this process.
     ///
     /// # Errors
@@ -86,16 +107,11 @@ impl Home {
     pub fn create(&self, id: &str) -> Result<Owned, Failure> {
         let directory = self.0.join("containers").join(id);
         let failed = || format!("cannot make {}", directory.display());
-        let private = |recursive| {
-            let mut builder = DirBuilder::new();
-            builder.mode(0o700).recursive(recursive);
-            builder
-        };
         let parent = self.0.join("containers");
         private(true)
             .create(&parent)
             .context(|| format!("cannot make {}", parent.display()))
-            .map_err(|failure| failure.help("run as root, or name another directory in MVM_RUN"))?;
+            .map_err(as_root)?;
         match private(false).create(&directory) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 Err(Failure::new(format!("there is a container {id} already"))
@@ -103,7 +119,7 @@ impl Home {
             }
             other => other.context(failed),
         }?;
-        let lock = lock(&directory).context(failed)?;
+        let lock = Lock::make(&directory.join(LOCK)).context(failed)?;
         let lock = lock.ok_or_else(|| Failure::new(format!("{} is in use", directory.display())))?;
         Ok(Owned { directory, _lock: lock })
     }
@@ -138,6 +154,12 @@ impl Home {
         }
     }
 
+    /// Has nobody be admitted until what it gives is dropped.
+    pub(crate) fn admitting(&self) -> io::Result<Flock<File>> {
+        let file = File::options().create(true).truncate(false).write(true).open(self.0.join(LOCK))?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+    }
+
     /// Directories of containers, in no order.
     pub(crate) fn directories(&self) -> Result<Vec<PathBuf>, Failure> {
         let path = self.0.join("containers");
@@ -154,9 +176,21 @@ impl Owned {
     /// Takes over a directory whose owner is gone; `None` if it is not.
     ///
     /// # Errors
-    /// The host's reason.
+    /// `NotFound` if nobody ever owned it, or it is gone; the host's reason.
     pub fn take(directory: &Path) -> io::Result<Option<Self>> {
-        Ok(lock(directory)?.map(|lock| Self { directory: directory.to_owned(), _lock: lock }))
+        let lock = Lock::take(&directory.join(LOCK))?;
+        Ok(lock.map(|lock| Self { directory: directory.to_owned(), _lock: lock }))
+    }
+
+    /// Takes over a directory as soon as its owner is gone; `None` if the directory is gone too.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn wait(directory: &Path) -> io::Result<Option<Self>> {
+        match Lock::wait(&directory.join(LOCK)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            lock => Ok(lock?.map(|lock| Self { directory: directory.to_owned(), _lock: lock })),
+        }
     }
 
     /// The directory.
@@ -185,7 +219,7 @@ impl Owned {
     /// # Errors
     /// It cannot be opened.
     pub fn ledger(&self) -> Result<Ledger, Failure> {
-        Ledger::open(&self.directory.join(LEDGER))
+        Ledger::of(&self.directory)
     }
 
     /// Removes the directory. What its ledger names must be gone.
@@ -194,30 +228,32 @@ impl Owned {
     /// The host's reason.
     pub fn remove(self) -> io::Result<()> {
         // The record first: what cannot be seen is not used.
+        let gone = |removed: io::Result<()>| match removed {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
         for name in [RECORD, CONTROL] {
-            match fs::remove_file(self.directory.join(name)) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            gone(fs::remove_file(self.directory.join(name)))?;
         }
-        fs::remove_dir_all(&self.directory)
+        gone(fs::remove_dir_all(&self.directory))
     }
 }
 
-/// The lock of a directory, if nobody has it and the directory is still there.
-fn lock(directory: &Path) -> io::Result<Option<Flock<File>>> {
-    let path = directory.join(LOCK);
-    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(path.exists().then_some(lock)),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(errno.into()),
-    }
+/// Makes directories that are their owner's alone.
+fn private(recursive: bool) -> DirBuilder {
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700).recursive(recursive);
+    builder
+}
+
+fn as_root(failure: Failure) -> Failure {
+    failure.help("run as root, or name another directory in MVM_RUN")
 }
 
 fn see(directory: PathBuf) -> Option<Seen> {
+    // Asked first: the record of one that nobody owns says how it ended.
+    let owned = Lock::is_held(&directory.join(LOCK)).unwrap_or(false);
     let record = Record::read(&directory.join(RECORD)).ok()?;
-    let owned = matches!(lock(&directory), Ok(None));
     Some(Seen { directory, record, owned })
 }
 
@@ -264,6 +300,50 @@ mod tests {
         assert!(Owned::take(owned.path()).unwrap().is_none(), "it is owned");
         owned.remove().unwrap();
         assert!(home.create("a").is_ok());
+    }
+
+    #[test]
+    fn whoever_looks_at_a_container_does_not_seem_to_own_it() {
+        let (_dir, home) = home();
+        home.admit(&record("a", "web")).map(drop).unwrap();
+        let look = || (0..500).any(|_| home.find("web").unwrap().owned);
+        std::thread::scope(|scope| {
+            let looks: Vec<_> = (0..4).map(|_| scope.spawn(look)).collect();
+            assert!(looks.into_iter().all(|it| !it.join().unwrap()));
+        });
+    }
+
+    #[test]
+    fn a_directory_is_taken_over_once_and_not_once_it_is_gone() {
+        let (_dir, home) = home();
+        let owned = home.create("a").unwrap();
+        let directory = owned.path().to_owned();
+        std::thread::scope(|scope| {
+            let take = || Owned::wait(&directory).unwrap().map(|owned| owned.remove().unwrap());
+            let waiting: Vec<_> = (0..2).map(|_| scope.spawn(take)).collect();
+            drop(owned);
+            let taken = waiting.into_iter().filter_map(|it| it.join().unwrap()).count();
+            assert_eq!(taken, 1);
+        });
+        assert!(Owned::wait(&directory).unwrap().is_none());
+    }
+
+    #[test]
+    fn of_several_that_ask_for_a_name_at_once_one_gets_it() {
+        let (_dir, home) = home();
+        let ask = |n| home.admit(&record(&format!("id{n}"), "web"));
+        let got: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || ask(n))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let refused: Vec<_> = got.iter().filter_map(|it| it.as_ref().err()).collect();
+        assert_eq!((got.len(), refused.len()), (8, 7));
+        assert!(refused[0].report().contains("mvm rm web"));
+        // An id is a name as well.
+        let first = home.list().unwrap().remove(0).record.id;
+        assert!(home.admit(&record("other", &first)).is_err());
+        drop(got);
+        home.admit(&record("other", "web")).unwrap_err(); // its record is still there
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A process of the host, told apart from a later one of the same number.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -35,6 +36,24 @@ impl ProcessId {
     /// Whether it runs.
     pub fn is_alive(self) -> bool {
         self.pid > 0 && Self::of(self.pid) == Some(self)
+    }
+
+    /// Kills it and waits until it is gone, but no longer than `time`; whether it is.
+    pub fn end(self, time: Duration) -> bool {
+        self.kill();
+        self.await_end(Instant::now() + time)
+    }
+
+    /// Waits until it is gone, but not beyond `deadline`; whether it is.
+    pub fn await_end(self, deadline: Instant) -> bool {
+        while self.is_alive() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            // It may be no child of this process: nothing but looking tells.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
     }
 
     /// Kills it if it is there.

@@ -129,6 +129,16 @@ impl FromStr for Restart {
 }
 
 impl Record {
+    /// What is said to whoever wants something of the container that only one that runs can do.
+    pub fn not_running(&self) -> Failure {
+        Failure::new(format!("container {} is not running", self.name)).help("`mvm ps` lists what runs")
+    }
+
+    /// It has ended and is not started again, though its owner may not have gone yet.
+    pub fn is_over(&self) -> bool {
+        matches!(self.condition, Condition::Exited { code, .. } if !self.restart.applies(code, self.restarts))
+    }
+
     /// Reads a record.
     pub(super) fn read(path: &Path) -> Result<Self, Failure> {
         let failed = || format!("cannot read {}", path.display());
@@ -155,7 +165,7 @@ impl Record {
 }
 
 /// Seconds since 1970.
-pub(crate) fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

@@ -13,6 +13,9 @@ use tempfile::TempDir;
 
 use crate::agent::{AgentClient, AgentListener, Process, ProcessSpec};
 
+/// The id of the guest's machine.
+pub(super) const MACHINE_ID: u128 = 0x0123_4567_89ab_4def_8000_0000_0000_0007;
+
 pub(super) const SOON: Duration = Duration::from_secs(20);
 
 /// An agent and the client that talks to it; both end with the value.
@@ -59,7 +62,7 @@ pub(super) fn shell(script: &str) -> ProcessSpec {
 
 /// Who the guest is told to be.
 pub(super) fn identity() -> Identity {
-    Identity { hostname: "otter".to_owned(), wall_clock_ns: 0, entropy: [0; 32] }
+    Identity { hostname: "otter".to_owned(), machine_id: MACHINE_ID, wall_clock_ns: 0, entropy: [0; 32] }
 }
 
 /// The agent as a child that dials `<dir>/vsock_<port>`.

@@ -8,42 +8,41 @@ use std::{
 };
 
 use mvm_protocol::*;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::guest::{Guest, SOON, identity, start_agent};
 use crate::agent::{AgentClient, Error};
 
 /// A client whose agent is played by the test.
 fn played(opening: &[u8]) -> (Result<AgentClient, Error>, UnixStream) {
+    played_within(opening, Duration::from_secs(60))
+}
+
+/// The same, with this long for the hello.
+fn played_within(opening: &[u8], time: Duration) -> (Result<AgentClient, Error>, UnixStream) {
     let dir = tempfile::tempdir().unwrap();
     let streams = UnixListener::bind(dir.path().join("streams")).unwrap();
     let (host, mut agent) = UnixStream::pair().unwrap();
     agent.write_all(opening).unwrap();
-    (AgentClient::connect(host, streams, identity(), Duration::from_millis(200)), agent)
+    (AgentClient::connect(host, streams, identity(), time), agent)
 }
 
 fn hello(version: Version) -> Vec<u8> {
     let stages = StageTimes::default();
     let (agent_version, kernel_release) = ("\u{1b}[31m".to_owned(), "k".repeat(9000));
-    let hello = Hello {
-        magic: MAGIC,
-        version,
-        agent_version,
-        kernel_release,
-        boot_id: [1; 16],
-        connection: 0,
-        stages,
-    };
+    let hello = Hello { magic: MAGIC, version, agent_version, kernel_release, connection: 0, stages };
     encode(&GuestMessage::Hello(hello)).unwrap()
 }
 
-fn client() -> (AgentClient, UnixStream) {
+/// A client and the control connection of an agent that says nothing more.
+pub(crate) fn client() -> (AgentClient, UnixStream) {
     let (client, agent) = played(&hello(VERSION));
     (client.unwrap(), agent)
 }
 
 #[test]
 fn a_guest_that_says_nothing_or_something_else_is_not_waited_for_long() {
-    assert!(matches!(played(b"").0, Err(Error::Deadline { .. })));
+    assert!(matches!(played_within(b"", Duration::from_millis(200)).0, Err(Error::Deadline { .. })));
     assert!(matches!(played(b"\x05\0\0\0HTTP/").0, Err(Error::NotHello)));
     assert!(matches!(played(&u32::MAX.to_le_bytes()).0, Err(Error::Decode(DecodeError::TooLong(u32::MAX)))));
 }
@@ -52,7 +51,7 @@ fn a_guest_that_says_nothing_or_something_else_is_not_waited_for_long() {
 fn a_later_major_version_is_named_and_a_later_minor_one_accepted() {
     let later = Version { major: VERSION.major + 1, minor: 0 };
     let error = played(&hello(later)).0.unwrap_err();
-    assert_eq!(error.to_string(), "the guest's agent speaks protocol 3.0, this host 2.0");
+    assert_eq!(error.to_string(), "the guest's agent speaks protocol 4.0, this host 3.1");
     let newer = Version { major: VERSION.major, minor: VERSION.minor + 1 };
     assert!(played(&hello(newer)).0.is_ok());
 }
@@ -98,13 +97,35 @@ fn an_answer_of_the_wrong_kind_is_an_error_of_its_call_only() {
     }
 }
 
-fn read_frames(agent: &mut UnixStream, count: usize) {
+pub(crate) fn read_frames(agent: &mut UnixStream, count: usize) {
     for _ in 0..count {
         let mut length = [0; 4];
         agent.read_exact(&mut length).unwrap();
         let mut payload = vec![0; u32::from_le_bytes(length) as usize];
         agent.read_exact(&mut payload).unwrap();
     }
+}
+
+#[test]
+fn requests_that_fit_no_frame_take_no_place_in_flight() {
+    let (client, _agent) = client();
+    let root = "x".repeat(limits::MAX_FRAME);
+    for _ in 0..=limits::MAX_IN_FLIGHT {
+        let error = client.root_stats(&root).unwrap_err();
+        assert!(matches!(error, Error::Encode(_)), "{error}");
+    }
+}
+
+#[test]
+fn the_loss_of_the_connection_can_be_waited_for_with_other_things() {
+    let (client, agent) = client();
+    let mut lost = [PollFd::new(client.lost(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut lost, PollTimeout::ZERO).unwrap(), 0);
+    assert!(!client.answers(), "it plays dead");
+    assert_eq!(poll(&mut lost, PollTimeout::ZERO).unwrap(), 0, "silence is no loss");
+    drop(agent);
+    assert_eq!(poll(&mut lost, PollTimeout::NONE).unwrap(), 1);
+    assert!(matches!(client.ping(), Err(Error::Lost { .. })), "every call knows");
 }
 
 #[test]
@@ -177,6 +198,11 @@ impl Drop for Host {
 }
 
 fn next(stream: &mut UnixStream, decoder: &mut Decoder) -> GuestMessage {
+    message(stream, decoder)
+}
+
+/// The next message of whoever is at the other end.
+pub(super) fn message<T: serde::de::DeserializeOwned>(stream: &mut UnixStream, decoder: &mut Decoder) -> T {
     stream.set_read_timeout(Some(SOON)).unwrap();
     let mut chunk = [0; 4096];
     loop {
@@ -184,7 +210,7 @@ fn next(stream: &mut UnixStream, decoder: &mut Decoder) -> GuestMessage {
             return message;
         }
         let count = stream.read(&mut chunk).unwrap();
-        assert!(count > 0, "the agent closed the connection");
+        assert!(count > 0, "the connection was closed");
         decoder.push(&chunk[..count]);
     }
 }

@@ -1,6 +1,10 @@
 //! Processes: exit codes, signals, users, orphans, what cannot be executed.
 
-use std::{fs, io::Read, time::Duration};
+use std::{
+    fs,
+    io::Read,
+    time::{Duration, Instant},
+};
 
 use mvm_protocol::{ExitStatus, FailureKind, ShutdownMode, SignalTarget, User};
 
@@ -27,13 +31,12 @@ fn a_program_runs_and_its_output_and_exit_code_arrive() {
 }
 
 #[test]
-fn the_hello_names_version_kernel_boot_and_stages_in_order() {
+fn the_hello_names_version_kernel_and_stages_in_order() {
     let guest = Guest::new();
     let hello = guest.client.hello();
     assert_eq!(hello.agent_version, env!("CARGO_PKG_VERSION"));
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert_eq!(hello.kernel_release, kernel.trim());
-    assert_ne!(hello.boot_id, [0; 16]);
     assert_eq!(hello.connection, 0);
     let stages = hello.stages;
     let times = [stages.agent_start, stages.mounts_done, stages.dialled].map(|it| it.monotonic_ns);
@@ -171,7 +174,7 @@ fn orphans_are_reaped() {
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         fields[0] == "Z" && fields[1] == agent
     };
-    let deadline = std::time::Instant::now() + SOON;
+    let deadline = Instant::now() + SOON;
     loop {
         let stats = fs::read_dir("/proc").unwrap().flatten();
         let stats = stats.filter_map(|it| fs::read_to_string(it.path().join("stat")).ok());
@@ -179,7 +182,7 @@ fn orphans_are_reaped() {
         if zombies == 0 {
             return;
         }
-        assert!(std::time::Instant::now() < deadline, "{zombies} zombies");
+        assert!(Instant::now() < deadline, "{zombies} zombies");
     }
 }
 
@@ -191,6 +194,24 @@ fn processes_are_listed_until_their_exit_was_fetched() {
     assert_eq!(guest.client.wait(process.id, Some(SOON)).unwrap(), ExitStatus::Code(3));
     let listed: Vec<_> = guest.client.list().unwrap().iter().map(|it| (it.process, it.exited)).collect();
     assert_eq!(listed, [(running.id, None)]);
+}
+
+#[test]
+fn a_process_that_was_given_up_and_ended_is_forgotten_with_the_next_start() {
+    let guest = Guest::new();
+    let stubborn = guest.sh("exec sleep 1000");
+    guest.client.abandon(stubborn.id);
+    assert!(matches!(guest.client.wait(stubborn.id, None), Err(Error::Abandoned)));
+    guest.client.signal(stubborn.id, libc::SIGKILL, SignalTarget::Process).unwrap();
+    let deadline = Instant::now() + SOON;
+    while guest.client.shared.over().is_empty() {
+        assert!(Instant::now() < deadline, "its end was not reported");
+        guest.client.ping().unwrap();
+    }
+    assert_eq!(guest.client.list().unwrap().len(), 1);
+    assert_eq!(run(&guest, shell("true")).1, ExitStatus::Code(0));
+    assert_eq!(guest.client.list().unwrap(), []);
+    assert!(guest.client.shared.over().is_empty());
 }
 
 #[test]

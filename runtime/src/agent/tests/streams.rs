@@ -75,10 +75,17 @@ fn a_program_that_exits_at_once_keeps_its_last_bytes() {
 fn a_daemon_that_keeps_the_output_open_does_not_delay_the_exit_nor_die_of_it() {
     let guest = Guest::new();
     let marker = guest.dir.path().join("written");
-    let script = format!("(sleep 0.3; echo late; echo late; touch {}) & echo early", marker.display());
+    let read = guest.dir.path().join("read");
+    let late = format!(
+        "until test -e {}; do sleep 0.01; done; echo late; echo late; touch {}",
+        read.display(),
+        marker.display()
+    );
+    let script = format!("({late}) & echo early");
     let mut process = guest.sh(&script);
     assert_eq!(guest.client.wait(process.id, Some(SOON)).unwrap(), ExitStatus::Code(0));
     assert_eq!(output(&mut process), b"early\n");
+    std::fs::write(read, "").unwrap();
     let deadline = std::time::Instant::now() + SOON;
     while !marker.exists() {
         assert!(std::time::Instant::now() < deadline, "the daemon was killed by its closed output");

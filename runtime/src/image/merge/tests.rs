@@ -157,3 +157,19 @@ fn a_tree_of_links_cannot_keep_us_busy_for_long() {
     let error = merger.insert(b"l0/g", file()).unwrap_err();
     assert!(matches!(error, Error::Limit { .. }), "{error}");
 }
+
+#[test]
+fn what_lies_behind_the_end_of_a_way_counts_as_well() {
+    let mut merger = Merger::new();
+    // The last link leads nowhere: of all the targets only the first names are looked at.
+    for index in 0..40 {
+        merger
+            .insert(format!("l{index}").as_bytes(), link(&format!("l{}{}", index + 1, "/a".repeat(2000))))
+            .unwrap();
+    }
+    let before = merger.lookups;
+    assert_eq!(merger.find(b"l0/x").unwrap(), None);
+    assert!(merger.lookups - before >= 40 * 2000, "{}", merger.lookups - before);
+    merger.lookups = MAX_LOOKUPS - 1000;
+    assert!(matches!(merger.find(b"l0/x").unwrap_err(), Error::Limit { .. }));
+}

@@ -4,17 +4,10 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use futures_util::StreamExt as _;
-use oci_client::Reference;
-use oci_client::client::Client;
-use oci_client::manifest::{
-    IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
-    OCI_IMAGE_MEDIA_TYPE,
-};
-use oci_client::secrets::RegistryAuth;
+use oci_spec::distribution::Reference;
 use serde_json::json;
 
-use super::registry_error;
+use super::registry::{Registry, network};
 use crate::image::digest::Digest;
 use crate::image::error::{Error, Result};
 use crate::image::layer::matches_digest;
@@ -22,30 +15,16 @@ use crate::image::limits::{MAX_JSON_BYTES, MAX_TOTAL_BYTES};
 use crate::image::oci::{self, BlobRef, MAX_NESTING, Step};
 use crate::image::progress::{Phase, Progress};
 
-/// What a manifest or index may be.
-const ACCEPTED: [&str; 4] = [
-    OCI_IMAGE_MEDIA_TYPE,
-    IMAGE_MANIFEST_MEDIA_TYPE,
-    OCI_IMAGE_INDEX_MEDIA_TYPE,
-    IMAGE_MANIFEST_LIST_MEDIA_TYPE,
-];
-
 /// One image of a registry, and the layout it goes to.
 pub(super) struct Fetch<'a> {
-    client: Client,
+    registry: Registry,
     reference: Reference,
-    auth: RegistryAuth,
     layout: &'a Path,
 }
 
 impl<'a> Fetch<'a> {
-    pub(super) fn new(
-        client: Client,
-        reference: Reference,
-        auth: RegistryAuth,
-        layout: &'a Path,
-    ) -> Result<Self> {
-        let fetch = Self { client, reference, auth, layout };
+    pub(super) fn new(registry: Registry, reference: Reference, layout: &'a Path) -> Result<Self> {
+        let fetch = Self { registry, reference, layout };
         for algorithm in ["sha256", "sha512"] {
             let path = layout.join("blobs").join(algorithm);
             fs::create_dir_all(&path).map_err(|source| Error::Write { path, source })?;
@@ -56,11 +35,10 @@ impl<'a> Fetch<'a> {
 
     /// Fetches index, manifest and configuration, and makes a place for each layer.
     pub(super) async fn documents(&self, name: &str) -> Result<Vec<BlobRef>> {
-        let mut reference = self.reference.clone();
+        let named = self.reference.digest().map(|digest| oci::parse_digest(digest, "the image's name"));
+        let mut wanted = named.transpose()?;
         for nesting in 0..MAX_NESTING {
-            let pulled = self.client.pull_manifest_raw(&reference, &self.auth, &ACCEPTED).await;
-            let (bytes, digest) = pulled.map_err(registry_error)?;
-            let digest = oci::parse_digest(&digest, "the registry's answer")?;
+            let (bytes, digest) = self.document(wanted.as_ref()).await?;
             self.write(&digest.blob_path(), &bytes)?;
             if nesting == 0 {
                 let top = json!({ "digest": digest.to_string(), "size": bytes.len(),
@@ -69,7 +47,7 @@ impl<'a> Fetch<'a> {
                 self.write("index.json", index.to_string().as_bytes())?;
             }
             match oci::step(&bytes, &digest)? {
-                Step::Index(next) => reference = self.reference.clone_with_digest(next.digest.to_string()),
+                Step::Index(next) => wanted = Some(next.digest),
                 Step::Manifest { config, layers } => {
                     self.blob(&config, MAX_JSON_BYTES, &mut ()).await?;
                     for layer in &layers {
@@ -80,6 +58,20 @@ impl<'a> Fetch<'a> {
             }
         }
         Err(Error::Limit { what: "indexes in indexes", limit: MAX_NESTING as u64 })
+    }
+
+    /// The index or manifest of this digest, or the one the image's tag names now.
+    async fn document(&self, wanted: Option<&Digest>) -> Result<(Vec<u8>, Digest)> {
+        let Some(digest) = wanted else {
+            let bytes = self.registry.document(self.reference.tag().unwrap_or("latest")).await?;
+            let digest = Digest::of(&bytes);
+            return Ok((bytes, digest));
+        };
+        let bytes = self.registry.document(&digest.to_string()).await?;
+        let mut hasher = digest.hasher();
+        hasher.update(&bytes);
+        matches_digest("the registry's index or manifest", hasher, digest)?;
+        Ok((bytes, digest.clone()))
     }
 
     /// Fetches the layers.
@@ -102,12 +94,9 @@ impl<'a> Fetch<'a> {
         let write = |source| Error::Write { path: path.clone(), source };
         let what = || format!("blob {}", blob.digest);
         let mut file = File::create(&path).map_err(write)?;
-        let digest = blob.digest.to_string();
-        let pulled = self.client.pull_blob_stream(&self.reference, digest.as_str()).await;
-        let mut stream = pulled.map_err(registry_error)?.stream;
+        let mut response = self.registry.blob(&blob.digest).await?;
         let (mut hasher, mut got) = (blob.digest.hasher(), 0_u64);
-        while let Some(piece) = stream.next().await {
-            let piece = piece.map_err(|source| Error::Read { what: what(), source })?;
+        while let Some(piece) = response.chunk().await.map_err(network)? {
             got = got.saturating_add(piece.len() as u64);
             if got > blob.size {
                 break;

@@ -30,7 +30,7 @@ impl Host {
 
     fn connect(&self, request: &NetRequest) -> Result<Machine<'_>, Failure> {
         let dir = self.dir.path().join("net");
-        let connection = self.world.inside.run(|| request.connect_in(&dir, "otter")).unwrap()?;
+        let connection = self.world.inside.run(|| request.connect_in(&dir, "otter", None)).unwrap()?;
         Ok(Machine { host: self, connection: Some(connection) })
     }
 
@@ -342,7 +342,8 @@ fn a_name_space_is_taken_over_and_the_hosts_own_is_refused() {
 #[test]
 fn ports_are_published_with_nat_alone() {
     for net in ["none", "host-only", "bridge:br0", "netns:/x", "tap=t0"] {
-        let failure = request(net, &["80:80"]).connect_in(Path::new("/nonexistent"), "otter").unwrap_err();
+        let failure =
+            request(net, &["80:80"]).connect_in(Path::new("/nonexistent"), "otter", None).unwrap_err();
         assert_eq!(failure.to_string(), format!("cannot publish port 0.0.0.0:80/tcp with --net {net}"));
     }
 }
@@ -350,9 +351,10 @@ fn ports_are_published_with_nat_alone() {
 #[test]
 fn no_network_and_taps_need_nothing_of_the_host() {
     let nowhere = Path::new("/nonexistent");
-    let none = request("none", &[]).connect_in(nowhere, "otter").unwrap();
+    let none = request("none", &[]).connect_in(nowhere, "otter", None).unwrap();
     assert!(none.nets.is_empty() && none.place == Default::default());
-    let tap = request("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1", &[]).connect_in(nowhere, "otter").unwrap();
+    let tap =
+        request("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1", &[]).connect_in(nowhere, "otter", None).unwrap();
     let [Net::Tap(net)] = tap.nets.as_slice() else { panic!("not a tap") };
     assert_eq!(net.mac.unwrap().bytes(), tap.place.interfaces[0].mac);
 }

@@ -2,11 +2,13 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use super::pod::{Pod, sh};
-use crate::net::{Netns, PortForward, forward_localhost};
+use crate::net::{Netns, PortForward, forward_localhost, remove_forward};
 
 /// A guest that answers each connection with the port and what it was sent; nothing listens below 100.
 fn forwarded(netns: &Netns) -> PortForward {
@@ -108,6 +110,19 @@ fn the_end_of_forwarding_ends_connections_and_removes_the_rules() {
         Err(error) => Some(error.kind()),
     });
     assert_eq!(refused, Some(ErrorKind::ConnectionRefused));
+}
+
+#[test]
+fn what_a_crashed_process_forwarded_is_removed_by_its_name_space_alone() {
+    let pod = Pod::bare();
+    std::mem::forget(forwarded(&pod.inside));
+    sh(&pod.inside, "nft add table inet other");
+    let path = format!("/proc/self/fd/{}", pod.inside.as_fd().as_raw_fd());
+    for _ in 0..2 {
+        remove_forward(Path::new(&path)).unwrap();
+        assert_eq!(sh(&pod.inside, "nft list tables"), "table inet other\n");
+    }
+    remove_forward(Path::new("/nonexistent/netns")).unwrap();
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! Taps that stand for links.
 
 use std::net::{Ipv4Addr, UdpSocket};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::guest::{Datagram, Guest};
 use super::pod::{Pod, sh};
-use crate::net::{Net, Netns, SpareTap, mac_of, remove_twin, scan, twin};
+use crate::net::{Net, Netns, SpareTap, TwinTrace, mac_of, scan, twin};
+use crate::state::{Ledger, Resource};
 
 const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
@@ -36,7 +38,7 @@ fn talk(guest: &mut Guest<'_>, socket: &UdpSocket) {
 fn a_guest_on_the_tap_is_reached_at_the_links_address_and_reaches_out() {
     let pod = Pod::connected();
     let link = pod.link("eth0");
-    let twin = twin(&pod.inside, &link).unwrap();
+    let twin = twin(&pod.inside, &link, None).unwrap();
     assert_eq!(twin.mac(), link.mac);
     let Net::Open(nic) = twin.net() else { panic!("not open") };
     assert_eq!((nic.mac, nic.mtu), (link.mac, Some(1400)));
@@ -48,7 +50,7 @@ fn a_guest_on_the_tap_is_reached_at_the_links_address_and_reaches_out() {
 #[test]
 fn the_pods_own_kernel_does_not_talk_on_the_tap() {
     let pod = Pod::connected();
-    let twin = twin(&pod.inside, &pod.link("eth0")).unwrap();
+    let twin = twin(&pod.inside, &pod.link("eth0"), None).unwrap();
     assert_eq!(sh(&pod.inside, &format!("ip -o addr show dev {}", twin.tap())), "");
 }
 
@@ -59,7 +61,7 @@ fn each_of_several_links_has_its_twin() {
     sh(&pod.inside, "ip addr add 10.2.0.2/24 dev net1");
     sh(&pod.outside, "ip addr add 10.2.0.1/24 dev out1");
     let links = scan(&pod.inside).unwrap().links;
-    let twins: Vec<_> = links.iter().map(|link| twin(&pod.inside, link).unwrap()).collect();
+    let twins: Vec<_> = links.iter().map(|link| twin(&pod.inside, link, None).unwrap()).collect();
     assert_eq!(links.len(), 2);
     assert_ne!(twins[0].tap(), twins[1].tap());
     for (it, third) in twins.iter().zip([1, 2]) {
@@ -77,7 +79,7 @@ fn a_tap_made_before_the_network_gives_the_link_its_hardware_address() {
     pod.plug("eth0", "out");
     sh(&pod.inside, "ip addr add 10.1.0.2/24 dev eth0");
     sh(&pod.outside, "ip addr add 10.1.0.1/24 dev out");
-    let twin = spare.connect(&pod.link("eth0")).unwrap();
+    let twin = spare.connect(&pod.link("eth0"), None).unwrap();
     assert_eq!(pod.link("eth0").mac, mac_of("early"));
     let mut guest = Guest { tap: twin.file(), mac: twin.mac().bytes(), ip: INSIDE };
     talk(&mut guest, &outside(&pod, OUTSIDE));
@@ -87,7 +89,7 @@ fn a_tap_made_before_the_network_gives_the_link_its_hardware_address() {
 fn removal_leaves_nothing_even_while_a_machine_has_the_tap_open() {
     let pod = Pod::connected();
     let before = sh(&pod.inside, "ip -o link; tc qdisc; ip addr; ip route");
-    let twin = twin(&pod.inside, &pod.link("eth0")).unwrap();
+    let twin = twin(&pod.inside, &pod.link("eth0"), None).unwrap();
     assert!(sh(&pod.inside, "tc qdisc").contains("ingress"));
     let machine = twin.file().try_clone().unwrap();
     twin.remove().unwrap();
@@ -98,33 +100,66 @@ fn removal_leaves_nothing_even_while_a_machine_has_the_tap_open() {
 #[test]
 fn dropping_removes_as_well_and_a_link_that_is_gone_is_no_error() {
     let pod = Pod::connected();
-    drop(twin(&pod.inside, &pod.link("eth0")).unwrap());
+    drop(twin(&pod.inside, &pod.link("eth0"), None).unwrap());
     assert_eq!(sh(&pod.inside, "tc qdisc show ingress; ip -o link show type tun"), "");
-    let twin = twin(&pod.inside, &pod.link("eth0")).unwrap();
+    let twin = twin(&pod.inside, &pod.link("eth0"), None).unwrap();
     sh(&pod.inside, "ip link del eth0");
     twin.remove().unwrap();
     assert_eq!(sh(&pod.inside, "ip -o link show type tun"), "");
 }
 
+/// A twin of `eth0` whose machine crashes; what its ledger says of it. This process keeps its tap open.
+fn crashed(pod: &Pod, ledger: &Ledger) -> TwinTrace {
+    let netns = Netns::open(&path(pod)).unwrap();
+    std::mem::forget(twin(&netns, &pod.link("eth0"), Some(ledger)).unwrap());
+    let last = ledger.entries().unwrap().pop();
+    let Some(Resource::Twin(trace)) = last else { panic!("{last:?}") };
+    trace
+}
+
+fn path(pod: &Pod) -> PathBuf {
+    format!("/proc/self/fd/{}", pod.inside.as_fd().as_raw_fd()).into()
+}
+
 #[test]
-fn what_a_crashed_machine_left_is_replaced_or_removed() {
+fn what_a_crashed_machine_left_is_removed_by_what_its_ledger_says() {
+    let pod = Pod::connected();
+    let before = sh(&pod.inside, "ip -o link; tc qdisc");
+    let dir = tempfile::tempdir().unwrap();
+    let trace = crashed(&pod, &Ledger::of(dir.path()).unwrap());
+    assert_ne!(sh(&pod.inside, "ip -o link; tc qdisc"), before);
+    for _ in 0..2 {
+        trace.remove().unwrap();
+        assert_eq!(sh(&pod.inside, "ip -o link; tc qdisc"), before);
+    }
+    TwinTrace { netns: "/nonexistent/netns".into(), ..trace }.remove().unwrap();
+}
+
+#[test]
+fn what_a_crashed_machine_left_does_not_stand_in_the_way_of_the_next_which_outlives_its_removal() {
     let pod = Pod::connected();
     let link = pod.link("eth0");
-    std::mem::forget(twin(&pod.inside, &link).unwrap());
-    let second = twin(&pod.inside, &link).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let trace = crashed(&pod, &Ledger::of(dir.path()).unwrap());
+    let second = twin(&pod.inside, &link, None).unwrap();
     let mut guest = Guest { tap: second.file(), mac: link.mac.bytes(), ip: INSIDE };
-    talk(&mut guest, &outside(&pod, OUTSIDE));
-    let path = {
-        use std::os::fd::{AsFd, AsRawFd};
-        format!("/proc/self/fd/{}", pod.inside.as_fd().as_raw_fd())
-    };
     for _ in 0..2 {
-        remove_twin(Path::new(&path), "eth0", second.tap()).unwrap();
-        // The first tap stays: this process still has it open.
-        let left = format!("tc qdisc show dev eth0 ingress; ip -o link show {} 2>&1 || true", second.tap());
-        assert_eq!(sh(&pod.inside, &left), format!("Device \"{}\" does not exist.\n", second.tap()));
+        talk(&mut guest, &outside(&pod, OUTSIDE));
+        trace.remove().unwrap();
     }
-    remove_twin(Path::new("/nonexistent/netns"), "eth0", "mvm0").unwrap();
+    talk(&mut guest, &outside(&pod, OUTSIDE));
+}
+
+#[test]
+fn redirections_of_another_link_of_the_same_name_are_left_alone() {
+    let pod = Pod::connected();
+    let dir = tempfile::tempdir().unwrap();
+    let trace = crashed(&pod, &Ledger::of(dir.path()).unwrap());
+    sh(&pod.inside, &format!("ip link del eth0; ip link del {}", trace.tap));
+    pod.plug("eth0", "other");
+    sh(&pod.inside, "tc qdisc add dev eth0 ingress");
+    trace.remove().unwrap();
+    assert!(sh(&pod.inside, "tc qdisc show dev eth0").contains("ingress"));
 }
 
 #[test]
@@ -132,7 +167,7 @@ fn a_link_that_is_not_there_is_an_error_that_names_it_and_leaves_no_tap() {
     let pod = Pod::connected();
     let link = pod.link("eth0");
     sh(&pod.inside, "ip link del eth0");
-    let failure = twin(&pod.inside, &link).unwrap_err();
+    let failure = twin(&pod.inside, &link, None).unwrap_err();
     assert!(failure.to_string().starts_with("cannot connect a tap to eth0 in "), "{failure}");
     assert_eq!(sh(&pod.inside, "ip -o link show type tun"), "");
 }

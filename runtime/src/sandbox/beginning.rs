@@ -1,0 +1,177 @@
+//! How a sandbox's machine comes to run: it boots with everything it needs, or goes on from a template into which
+//! that is plugged.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::machine::MachineSandbox;
+use crate::agent::{AgentClient, Error};
+use crate::container::AGENT_TIME;
+use crate::failure::{Context, Failure};
+use crate::machine::{Disk, Machine, Origin, Plan};
+use crate::net::{Net, OpenTap, TapNet, mac_of, open_tap};
+use crate::state::Ledger;
+use crate::template::{self, Choice, Recipe, Source, Template, Ways as _};
+use crate::timeline::{CLOCK, Open, PLUG, Track};
+
+/// Time from the start of a machine that goes on to the agent's hello. It has nothing to do but to call: if it does
+/// not, booting another still helps.
+const RESUME_TIME: Duration = Duration::from_secs(15);
+
+/// A machine that is wanted.
+pub(super) struct Wanted<'a> {
+    /// Whose it is.
+    pub(super) sandbox: &'a MachineSandbox,
+    /// Where its process is noted.
+    pub(super) ledger: &'a Ledger,
+    pub(super) recipe: Recipe,
+    pub(super) disks: Vec<Disk>,
+    pub(super) nets: Vec<Net>,
+}
+
+/// A machine whose agent has called and was greeted.
+#[derive(Debug)]
+pub(super) struct Begun {
+    pub(super) machine: Machine,
+    pub(super) agent: AgentClient,
+    /// Disks and cards come after all else.
+    pub(super) bare: bool,
+}
+
+impl Wanted<'_> {
+    /// The machine, with its disks and cards.
+    pub(super) fn begin(&self, source: &Source) -> Result<Begun, Failure> {
+        let choosing = self.sandbox.timeline.begin(Track::Host, "choose template");
+        let mut ways = Ways { wanted: self, source, choosing: Some(choosing) };
+        let mut begun = match (source.choice, self.recipe.key()) {
+            (Choice::Never, _) => ways.boot()?,
+            (_, Ok(key)) => source.begin(&key, &mut ways)?,
+            (Choice::Always, Err(failure)) => return Err(failure),
+            (Choice::Auto, Err(failure)) => {
+                log::warn!("no template is used: {}", failure.report());
+                ways.boot()?
+            }
+        };
+        if begun.bare {
+            let _stage = self.sandbox.timeline.begin(Track::Host, PLUG);
+            // The agent is asked for its clock meanwhile; it has nothing else to do until there is something to find.
+            let cards = std::thread::scope(|scope| {
+                let clock = scope.spawn(|| {
+                    let stage = self.sandbox.timeline.begin(Track::Agent, CLOCK);
+                    let doubt = begun.agent.correct_clock()?;
+                    stage.detail(format!("±{:.3} ms", doubt.as_secs_f64() * 1e3));
+                    Ok::<_, Error>(())
+                });
+                let cards = self.plug(&begun);
+                match clock.join() {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        log::warn!("the clock of machine {} may be wrong: {error}", self.sandbox.id)
+                    }
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+                cards
+            })?;
+            if cards {
+                // For a disk the agent looks by itself, when it is asked for it.
+                let _stage = self.sandbox.timeline.begin(Track::Agent, "look for cards");
+                let found = begun.agent.rescan();
+                let found = found.context(|| "cannot have the guest look for its cards".to_owned());
+                found.map_err(|failure| begun.machine.explain(failure))?;
+            }
+        }
+        Ok(begun)
+    }
+
+    fn boot(&self) -> Result<Begun, Failure> {
+        let _stage = self.sandbox.timeline.begin(Track::Host, "boot machine");
+        let (disks, nets) = (self.disks.clone(), self.nets.clone());
+        self.run(Plan { disks, nets, ..self.recipe.plan(self.sandbox.id.clone()) }, AGENT_TIME)
+    }
+
+    fn go_on(&self, template: &Template) -> Result<Begun, Failure> {
+        let stage = self.sandbox.timeline.begin(Track::Host, "go on from template");
+        stage.detail(template.manifest.key.short());
+        let plan = self.recipe.plan_from(self.sandbox.id.clone(), Origin::Saved(template.snapshot()));
+        let begun = self.run(plan, RESUME_TIME)?;
+        if begun.agent.hello().connection == 0 {
+            return Err(Failure::new("it did not go on but booted"));
+        }
+        Ok(Begun { bare: true, ..begun })
+    }
+
+    fn run(&self, plan: Plan, patience: Duration) -> Result<Begun, Failure> {
+        let pluggable_mib = self.sandbox.pluggable_mib();
+        let plan = Plan { netns: self.sandbox.netns(), pluggable_mib, ..plan };
+        let (machine, agent) = self.sandbox.run(&plan, self.ledger, patience)?;
+        Ok(Begun { machine, agent, bare: false })
+    }
+
+    /// Plugs everything in; whether there are cards among it.
+    fn plug(&self, begun: &Begun) -> Result<bool, Failure> {
+        let control = begun.machine.control();
+        let mut cards = false;
+        for net in &self.nets {
+            match net {
+                Net::None => continue,
+                Net::Open(tap) => control.attach_net(tap)?,
+                Net::Tap(tap) => control.attach_net(&self.open(tap)?)?,
+            };
+            cards = true;
+        }
+        for disk in &self.disks {
+            control.attach_disk(disk)?;
+        }
+        Ok(cards)
+    }
+
+    /// A tap of this process's name space, with the card that a machine is booted with.
+    fn open(&self, tap: &TapNet) -> Result<OpenTap, Failure> {
+        let file = match self.sandbox.netns() {
+            Some(netns) => netns.run(|| open_tap(&tap.name))?,
+            None => open_tap(&tap.name),
+        };
+        let mac = tap.mac.unwrap_or_else(|| mac_of(&format!("{}/{}", self.sandbox.id, tap.name)));
+        Ok(OpenTap { file: Arc::new(file?), mac, mtu: None, only_own_mac: false })
+    }
+}
+
+/// The ways to a machine that is wanted.
+struct Ways<'a> {
+    wanted: &'a Wanted<'a>,
+    source: &'a Source,
+    /// Ends with the choice.
+    choosing: Option<Open>,
+}
+
+impl Ways<'_> {
+    fn chosen(&mut self, what: &str) {
+        if let Some(stage) = self.choosing.take() {
+            stage.detail(format!("{}: {what}", self.source.choice));
+        }
+    }
+}
+
+impl template::Ways for Ways<'_> {
+    type Machine = Begun;
+
+    fn boot(&mut self) -> Result<Begun, Failure> {
+        self.chosen("it boots");
+        self.wanted.boot()
+    }
+
+    fn go_on(&mut self, template: &Template) -> Result<Begun, Failure> {
+        self.chosen("it goes on from a template");
+        self.wanted.go_on(template)
+    }
+
+    fn make(&mut self) -> Result<Template, Failure> {
+        self.chosen("a template is made first");
+        let _stage = self.wanted.sandbox.timeline.begin(Track::Host, "make template");
+        template::make(&self.source.templates, &self.wanted.recipe, false, &mut |_| ())
+    }
+
+    fn make_later(&mut self) {
+        self.source.make_later(&self.wanted.recipe);
+    }
+}

@@ -9,7 +9,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::state::ProcessId;
+use mvm_runtime::state::Resource;
 use nix::mount::{MntFlags, umount2};
 
 use crate::bundle::Record;
@@ -21,25 +21,30 @@ use crate::{RUNTIME, address, bundle};
 const ALLOWED_MOUNTS: &str = "mkdir/*,format/*,erofs";
 /// What a task ends with that its shim did not see end: killed.
 const KILLED: u32 = 137;
+/// How long a daemon that still answers gets to end by itself: it may have been asked to just now.
+const ENDING: Duration = Duration::from_secs(2);
 /// Longest wait for a killed process to be gone.
 const DYING: Duration = Duration::from_secs(5);
 
 /// Removes what is left of a task; nothing that is missing is an error.
 ///
 /// containerd comes here when a daemon is gone, or when it cannot reach it, and at the end of every task. A daemon
-/// that ends as it should has given up its socket; one that has not would stay for ever.
+/// that ends as it should gives up its socket; one that does not would stay for ever. One that was told to delete the
+/// task and has others to serve has taken its record from this bundle.
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Failure> {
     let bundle = if flags.bundle.is_empty() { PathBuf::from(".") } else { PathBuf::from(&flags.bundle) };
     if let Some(record) = Record::read(&bundle) {
-        let is_ending = UnixStream::connect(&record.socket).is_err();
+        let is_ending = wait_until(ENDING, || UnixStream::connect(&record.socket).is_err());
         // The daemon first: it would report the machine's loss.
         let ended = [(!is_ending).then_some(record.daemon), record.machine];
-        ended.into_iter().flatten().for_each(end);
+        ended.into_iter().flatten().for_each(|process| {
+            process.end(DYING);
+        });
         if record.directory.starts_with(bundle::MACHINES) && is_plain(&record.directory) {
             remove_directory(&record.directory);
         }
         // A process may count as dead while its last threads hold on to what it had.
-        wait_until(|| UnixStream::connect(&record.socket).is_err());
+        wait_until(DYING, || UnixStream::connect(&record.socket).is_err());
         address::remove_stale(&record.socket);
     }
     // Only a fallback mounts a container's root here; then it must not outlive the container.
@@ -52,17 +57,14 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, Failure> {
     response.write_to_bytes().context(|| "cannot encode the answer".to_owned())
 }
 
-/// Kills a process and waits until it is gone.
-fn end(process: ProcessId) {
-    process.kill();
-    wait_until(|| !process.is_alive());
-}
-
-/// Waits for the end of what is no child of this process: nothing but looking tells.
-fn wait_until(holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + DYING;
-    while !holds() && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(2));
+/// Waits for what is no child of this process, and tells whether it came: nothing but looking tells.
+fn wait_until(time: Duration, holds: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + time;
+    loop {
+        match holds() {
+            false if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
+            held => return held,
+        }
     }
 }
 
@@ -71,8 +73,11 @@ fn is_plain(path: &Path) -> bool {
     path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
+/// Removes a machine's directory, and before it what its ledger names.
 fn remove_directory(directory: &Path) {
-    let _ = fs::remove_dir_all(directory);
+    if let Err(failure) = (Resource::Directory { path: directory.to_path_buf() }).undo() {
+        log::warn!("{}", failure.report());
+    }
     // That of the name space goes with its last machine.
     let _ = directory.parent().map(fs::remove_dir);
 }

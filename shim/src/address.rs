@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use mvm_runtime::hex::hex;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
@@ -34,7 +35,7 @@ pub(crate) fn path(directory: Option<&str>, address: &str, namespace: &str, grou
         hash.update(part.len().to_le_bytes());
         hash.update(part);
     }
-    let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = hex(&hash.finalize());
     let directory = directory.filter(|directory| directory.starts_with('/')).unwrap_or(CONVENTION);
     let path = Path::new(directory).join(&name);
     if path.as_os_str().len() <= MAX_PATH { path } else { Path::new(FALLBACK).join(name) }

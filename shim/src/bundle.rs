@@ -94,6 +94,11 @@ impl Record {
         replace(&bundle.join(RECORD), &serde_json::to_vec(self)?)
     }
 
+    /// Removes the record from a bundle.
+    pub(crate) fn remove(bundle: &Path) {
+        let _ = fs::remove_file(bundle.join(RECORD));
+    }
+
     /// The record in a bundle, if there is one.
     pub(crate) fn read(bundle: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(bundle.join(RECORD)).ok()?).ok()

@@ -45,11 +45,6 @@ impl Error {
         Self::new(Code::INVALID_ARGUMENT, text)
     }
 
-    /// This runtime cannot do it.
-    pub(crate) fn unimplemented(text: impl Into<String>) -> Self {
-        Self::new(Code::UNIMPLEMENTED, text)
-    }
-
     /// It was tried and failed.
     pub(crate) fn failed(text: impl Into<String>) -> Self {
         Self::new(Code::UNKNOWN, text)
@@ -83,7 +78,8 @@ impl From<Failure> for Error {
             text.push_str(&format!(" ({help})"));
         }
         let exit_status = not_runnable.map_or(NOT_STARTED, |error| u32::from(error.exit_code));
-        Self { exit_status, ..Self::failed(text) }
+        let error = if failure.is_refusal() { Self::failed_precondition(text) } else { Self::failed(text) };
+        Self { exit_status, ..error }
     }
 }
 

@@ -12,6 +12,7 @@ use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc::context::with_duration;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 /// The package of the events' messages.
@@ -108,9 +109,11 @@ impl Forwarder {
     async fn try_once(&mut self, address: &str, request: &ForwardRequest) -> Result<(), String> {
         let client = match self.client.take() {
             Some(client) => client,
-            None => EventsClient::new(
-                Client::connect(&format!("unix://{address}")).await.map_err(|error| error.to_string())?,
-            ),
+            // Not `Client::connect`: it blocks the whole daemon while a containerd that hangs has no room.
+            None => {
+                let stream = UnixStream::connect(address).await.map_err(|error| error.to_string())?;
+                EventsClient::new(Client::new(stream.into()))
+            }
         };
         client.forward(with_duration(TIMEOUT), request).await.map_err(|error| error.to_string())?;
         self.client = Some(client);

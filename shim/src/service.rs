@@ -15,8 +15,10 @@ use containerd_shim_protos::api::{
     StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status as WireStatus,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::{Service as Methods, TtrpcContext};
@@ -29,10 +31,14 @@ use crate::error::Error;
 use crate::events::{any, timestamp};
 use crate::stats;
 use crate::stdio::Paths;
-use crate::tasks::{Exit, Handle, Name, NewTask, Status};
+use crate::tasks::{Exit, Handle, Name, NewCheckpoint, NewTask, Status};
 
 /// The names the service is served under.
 const VERSIONS: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// How the type of a checkpoint's options ends: clients have them of `containerd.runc.v1` and `containerd.linux.runc`,
+/// which are alike.
+const CHECKPOINT_OPTIONS: &str = ".CheckpointOptions";
 
 /// Serves tasks.
 struct TaskService {
@@ -51,12 +57,10 @@ pub(crate) fn services(tasks: &Handle) -> HashMap<String, Methods> {
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, r: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        if !r.checkpoint.is_empty() {
-            return Err(Error::unimplemented("checkpoints are not supported").into());
-        }
         log::debug!("create {} in {}", r.id, r.bundle);
         let stdio = Paths { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
-        let task = NewTask { id: r.id, bundle: PathBuf::from(r.bundle), rootfs: r.rootfs, stdio };
+        let checkpoint = Some(r.checkpoint).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let task = NewTask { id: r.id, bundle: PathBuf::from(r.bundle), rootfs: r.rootfs, stdio, checkpoint };
         let pid = self.tasks.ask(move |tasks, reply| tasks.create(task, reply)).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
@@ -144,12 +148,16 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(Error::unimplemented("checkpoints are not supported").into())
+    async fn checkpoint(&self, _: &TtrpcContext, r: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        log::debug!("checkpoint {} to {}", r.id, r.path);
+        let exit = r.options.as_ref().map(ends_task).transpose()?.unwrap_or(false);
+        let wanted = NewCheckpoint { id: r.id, directory: PathBuf::from(r.path), exit };
+        self.tasks.ask(move |tasks, reply| tasks.checkpoint(wanted, reply)).await?;
+        Ok(Empty::default())
     }
 
     async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.tasks.ask(move |tasks, reply| tasks.stats(&r.id, reply)).await?;
+        let stats = self.tasks.ask(move |tasks, reply| tasks.stats(r.id, reply)).await?;
         let metrics = stats::metrics(&stats.unwrap_or_default());
         Ok(StatsResponse { stats: MessageField::some(any(stats::PACKAGE, &metrics)), ..Default::default() })
     }
@@ -164,7 +172,7 @@ impl Task for TaskService {
         let side = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
         let size = WindowSize { rows: side(r.height), columns: side(r.width) };
         let name = name(r.id, r.exec_id);
-        self.tasks.ask(move |tasks, reply| tasks.resize(&name, size, reply)).await?;
+        self.tasks.ask(move |tasks, reply| tasks.resize(name, size, reply)).await?;
         Ok(Empty::default())
     }
 
@@ -189,13 +197,31 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, r: ShutdownRequest) -> ttrpc::Result<Empty> {
         log::debug!("shutdown {}", r.id);
-        self.tasks.ask(|tasks, reply| drop(reply.send(Ok(tasks.shut_down())))).await?;
+        self.tasks
+            .ask(|tasks, reply| {
+                tasks.shut_down_when_idle();
+                let _ = reply.send(Ok(()));
+            })
+            .await?;
         Ok(Empty::default())
     }
 }
 
 fn name(container: String, exec: String) -> Name {
     Name { container, exec }
+}
+
+/// Whether a task is to end with its checkpoint. Of the options only this one has a meaning for a machine; where the
+/// checkpoint goes is in the request itself.
+fn ends_task(options: &Any) -> Result<bool, Error> {
+    if !options.type_url.ends_with(CHECKPOINT_OPTIONS) {
+        let text = format!("options of a checkpoint cannot be a {}", options.type_url);
+        return Err(Error::invalid_argument(text));
+    }
+    let parsed = CheckpointOptions::parse_from_bytes(&options.value);
+    let parsed = parsed.context(|| "cannot parse the options of the checkpoint".to_owned());
+    let parsed = parsed.map_err(|failure| Error::invalid_argument(Error::from(failure).to_string()))?;
+    Ok(parsed.exit)
 }
 
 /// Zero and no time until there is an exit.

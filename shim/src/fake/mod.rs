@@ -4,6 +4,8 @@
 //! What a guest guarantees is kept: an init takes its container's other processes with it, the loss of the machine
 //! all of them, and streams end when the last process that holds them does.
 
+mod checkpoint;
+mod faults;
 mod process;
 
 use std::collections::BTreeMap;
@@ -16,15 +18,20 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use mvm_protocol::{ExitStatus, Get, Got, GotContent, Put, RootStats, SignalTarget, WindowSize};
 use mvm_runtime::agent::{Process, StdioSpec};
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::sandbox::{ContainerRequest, Launcher, Sandbox, SandboxRequest};
+use mvm_runtime::sandbox::{
+    CheckpointRequest, ContainerRequest, Launcher, MemoryKill, RestoreRequest, Sandbox, SandboxRequest,
+};
 use nix::libc::SIGKILL;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess};
+
+use faults::Faults;
 
 /// Set, it has the shim make such machines.
 const CHOICE: &str = "MVM_FAKE_MACHINES";
@@ -38,6 +45,28 @@ struct FakeLauncher;
 
 impl Launcher for FakeLauncher {
     fn boot(&self, request: &SandboxRequest) -> Result<Arc<dyn Sandbox>, Failure> {
+        self.machine(request).map(|sandbox| sandbox as Arc<dyn Sandbox>)
+    }
+
+    fn restore_checkpoint(
+        &self,
+        request: &SandboxRequest,
+        container: &ContainerRequest,
+        from: &RestoreRequest,
+    ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
+        let process = checkpoint::process(container, from)?;
+        let sandbox = self.machine(request)?;
+        let restored = sandbox.create(container).and_then(|()| {
+            let process = sandbox.start(&container.id, &process, from.stdio)?;
+            checkpoint::await_stop(&process).map(|()| process)
+        });
+        let process = restored.inspect_err(|_| drop(sandbox.end()))?;
+        Ok((sandbox, process))
+    }
+}
+
+impl FakeLauncher {
+    fn machine(&self, request: &SandboxRequest) -> Result<Arc<FakeSandbox>, Failure> {
         if annotation(request, "io.mvm.fake.boot").as_deref() == Some("fail") {
             return Err(Failure::new("cannot boot the machine"));
         }
@@ -50,7 +79,8 @@ impl Launcher for FakeLauncher {
         let watched = Arc::clone(&shared);
         thread::spawn(move || watch_machine(machine, &watched));
         let directory = request.directory.clone();
-        Ok(Arc::new(FakeSandbox { pid, directory, shared, next: AtomicU64::new(1) }))
+        let faults = Faults { directory: directory.clone() };
+        Ok(Arc::new(FakeSandbox { pid, directory, faults, shared, next: AtomicU64::new(1) }))
     }
 }
 
@@ -77,6 +107,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     is_down: bool,
+    heard: Option<MemoryKill>,
     containers: BTreeMap<String, Vec<u64>>,
     processes: BTreeMap<u64, Running>,
 }
@@ -84,6 +115,8 @@ struct State {
 struct Running {
     pid: Pid,
     exit: Option<ExitStatus>,
+    /// Nobody is to be told how it ends.
+    abandoned: bool,
     terminal: Option<OwnedFd>,
 }
 
@@ -100,16 +133,27 @@ impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Whether the machine goes down within `time`.
+    fn wait_down(&self, time: Duration) -> bool {
+        let waited = self.changed.wait_timeout_while(self.lock(), time, |state| !state.is_down);
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_down
+    }
 }
 
 struct FakeSandbox {
     pid: u32,
     directory: PathBuf,
+    faults: Faults,
     shared: Arc<Shared>,
     next: AtomicU64,
 }
 
 impl FakeSandbox {
+    fn fault(&self, call: &str) -> Result<bool, Failure> {
+        self.faults.of(call, &self.shared)
+    }
+
     fn each(&self, container: &str, signal: i32) {
         let state = self.shared.lock();
         for id in state.containers.get(container).into_iter().flatten() {
@@ -126,6 +170,7 @@ impl Sandbox for FakeSandbox {
     }
 
     fn create(&self, container: &ContainerRequest) -> Result<(), Failure> {
+        self.fault("create")?;
         let mut state = self.shared.lock();
         if state.is_down {
             return Err(Failure::new("the machine is lost"));
@@ -135,6 +180,7 @@ impl Sandbox for FakeSandbox {
     }
 
     fn start(&self, container: &str, process: &OciProcess, stdio: StdioSpec) -> Result<Process, Failure> {
+        self.fault("start")?;
         let (command, ours) = process::prepare(process, stdio)?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (pid, child) = process::spawn(command)?;
@@ -142,7 +188,7 @@ impl Sandbox for FakeSandbox {
         let members = state.containers.entry(container.to_owned()).or_default();
         let is_init = members.is_empty();
         members.push(id);
-        state.processes.insert(id, Running { pid, exit: None, terminal: ours.master });
+        state.processes.insert(id, Running { pid, exit: None, abandoned: false, terminal: ours.master });
         drop(state);
         let (shared, container) = (Arc::clone(&self.shared), container.to_owned());
         let _ = child
@@ -163,16 +209,29 @@ impl Sandbox for FakeSandbox {
             if state.is_down {
                 return Err(Failure::new("the machine is lost"));
             }
-            match state.processes.get(&process).map(|process| process.exit) {
+            match state.processes.get(&process).map(|process| (process.exit, process.abandoned)) {
                 None => return Err(Failure::new("no such process")),
-                Some(Some(exit)) => return Ok(exit),
-                Some(None) => {}
+                Some((_, true)) => return Err(Failure::new("the process was given up")),
+                Some((Some(exit), false)) => return Ok(exit),
+                Some((None, false)) => {}
             }
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
+    fn abandon(&self, process: u64) {
+        if let Some(process) = self.shared.lock().processes.get_mut(&process) {
+            process.abandoned = true;
+        }
+        self.shared.changed.notify_all();
+    }
+
     fn signal(&self, process: u64, signal: i32, target: SignalTarget) -> Result<(), Failure> {
+        let heard = self.shared.lock().heard.clone();
+        heard.inspect(|heard| heard());
+        if self.fault("signal")? {
+            return Ok(());
+        }
         let state = self.shared.lock();
         let container = state.containers.iter().find(|(_, members)| members.contains(&process));
         let container = container.map(|(id, _)| id.clone());
@@ -258,10 +317,31 @@ impl Sandbox for FakeSandbox {
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 
+    /// It is heard of with the next signal.
+    fn on_memory_kill(&self, heard: MemoryKill) {
+        self.shared.lock().heard = Some(heard);
+    }
+
+    fn answers(&self) -> bool {
+        self.fault("answer").is_ok()
+    }
+
+    fn kill_machine(&self) {
+        let _ = kill(Pid::from_raw(i32::try_from(self.pid).unwrap_or(i32::MAX)), Signal::SIGKILL);
+    }
+
     fn remove(&self, container: &str) -> Result<(), Failure> {
+        if self.fault("remove")? {
+            return Ok(());
+        }
         self.each(container, SIGKILL);
         self.shared.lock().containers.remove(container);
         Ok(())
+    }
+
+    fn checkpoint(&self, container: &str, request: &CheckpointRequest) -> Result<(), Failure> {
+        self.fault("checkpoint")?;
+        checkpoint::write(container, request)
     }
 
     fn wait_machine(&self) -> String {
@@ -273,7 +353,7 @@ impl Sandbox for FakeSandbox {
     }
 
     fn end(&self) -> Result<(), Failure> {
-        let _ = kill(Pid::from_raw(i32::try_from(self.pid).unwrap_or(i32::MAX)), Signal::SIGKILL);
+        self.kill_machine();
         self.wait_machine();
         let _ = fs::remove_dir_all(&self.directory);
         let _ = self.directory.parent().map(fs::remove_dir);

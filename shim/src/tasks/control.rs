@@ -1,21 +1,15 @@
-//! What is asked of processes and containers in between: state, signals, pausing, limits, sizes, figures.
+//! What is asked of processes and containers in between: state, pausing, limits, sizes, figures.
 
-use mvm_protocol::{RootStats, SignalTarget, WindowSize};
+use mvm_protocol::{RootStats, WindowSize};
 use mvm_runtime::failure::Failure;
-use nix::libc::{SIGCHLD, SIGCONT, SIGINT, SIGKILL, SIGTERM, SIGURG, SIGWINCH};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
-use super::{Exit, Name, Reply, Report, State, Status, Tasks, now};
+use super::{Exit, Name, Reply, Report, State, Status, Tasks};
 use crate::bundle::Role;
 use crate::error::{Error, Result};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use std::sync::Arc;
-
-/// Highest signal number of Linux.
-const MAX_SIGNAL: i32 = 64;
 
 impl Tasks {
     /// What is known of a process.
@@ -42,76 +36,6 @@ impl Tasks {
     pub(crate) fn pid(&mut self, container: &str) -> Result<u32> {
         self.container(container)?;
         Ok(self.machine.pid())
-    }
-
-    /// Sends a signal to a process, or to all of its container.
-    pub(crate) fn kill(&mut self, name: Name, signal: u32, all: bool, reply: Reply<()>) {
-        let Some(signal) = i32::try_from(signal).ok().filter(|signal| *signal <= MAX_SIGNAL) else {
-            return drop(reply.send(Err(Error::invalid_argument(format!("no signal has number {signal}")))));
-        };
-        let is_starting = self.process(&name).is_ok_and(|p| matches!(p.state, State::Starting));
-        let container = name.container.clone();
-        let job = move |tasks: &mut Self| tasks.kill_now(&name, signal, all, reply);
-        if is_starting { self.when_idle(&container, job) } else { job(self) }
-    }
-
-    fn kill_now(&mut self, name: &Name, signal: i32, all: bool, reply: Reply<()>) {
-        let is_init = name.exec.is_empty();
-        let answer = match self.process(name).map(|process| &process.state) {
-            Err(error) => Err(error),
-            Ok(State::Ending { .. } | State::Stopped { .. }) => {
-                Err(Error::not_found("process already finished"))
-            }
-            Ok(State::Starting) => Err(Error::failed_precondition("process is being started")),
-            Ok(State::Created { .. }) if !is_init => Err(Error::failed_precondition("process not created")),
-            Ok(State::Created { .. } | State::Virtual) => {
-                if let Some(status) = self.end_without_guest(name, signal) {
-                    self.process_is_over(name, Exit { status, at: now() });
-                }
-                Ok(())
-            }
-            Ok(State::Running { id, .. }) => {
-                let (id, target) = (*id, if all { SignalTarget::Everyone } else { SignalTarget::Process });
-                return self.signal(id, signal, target, reply);
-            }
-        };
-        let _ = reply.send(answer);
-    }
-
-    /// What a signal makes of an init that no guest runs: one not started yet dies of what kills by default; a pod's
-    /// sandbox does what a pause program does, which ends well when asked to.
-    fn end_without_guest(&mut self, name: &Name, signal: i32) -> Option<u32> {
-        let role = self.container(&name.container).ok()?.role;
-        match signal {
-            0 | SIGCHLD | SIGCONT | SIGURG | SIGWINCH => None,
-            SIGTERM | SIGINT if role == Role::Sandbox => Some(0),
-            fatal => u32::try_from(fatal).ok().map(|fatal| 128 + fatal),
-        }
-    }
-
-    fn signal(&mut self, id: u64, signal: i32, target: SignalTarget, reply: Reply<()>) {
-        let sandbox = match self.sandbox() {
-            Ok(sandbox) => sandbox,
-            Err(_) => return drop(reply.send(Err(Error::not_found("process already finished")))),
-        };
-        let pid = sandbox.pid();
-        self.blocking(
-            move || sandbox.signal(id, signal, target),
-            move |_, sent| {
-                let sent = match sent {
-                    Err(failure) if signal == SIGKILL => {
-                        // Who may not refuse to die cannot hide in a guest that does not answer.
-                        log::error!("the machine is killed: {}", failure.report());
-                        // 0 is a machine that has ended, and to kill(2) the shim's own process group.
-                        let pid = i32::try_from(pid).ok().filter(|&pid| pid > 0).map(Pid::from_raw);
-                        pid.map(|pid| kill(pid, Signal::SIGKILL));
-                        Ok(())
-                    }
-                    sent => sent.map_err(Error::from),
-                };
-                let _ = reply.send(sent);
-            },
-        );
     }
 
     /// Stops or continues all processes of a container.
@@ -189,16 +113,30 @@ impl Tasks {
                 Err(error) => drop(reply.send(Err(error))),
                 // Its limits are those of the machine, which are made with it.
                 Ok((Role::Sandbox, _)) => drop(reply.send(Ok(()))),
-                Ok((_, sandbox)) => tasks.blocking(
-                    move || sandbox.update(&container, &resources),
-                    move |_, updated| drop(reply.send(updated.map_err(Error::from))),
-                ),
+                Ok((_, sandbox)) => {
+                    if let Ok(container) = tasks.container(&container) {
+                        container.busy = true;
+                    }
+                    let id = container.clone();
+                    tasks.blocking(
+                        move || sandbox.update(&id, &resources),
+                        move |tasks, updated| {
+                            let _ = reply.send(updated.map_err(Error::from));
+                            tasks.idle(&container);
+                        },
+                    );
+                }
             }
         });
     }
 
     /// Sets the size of a process's terminal, now or when it starts.
-    pub(crate) fn resize(&mut self, name: &Name, size: WindowSize, reply: Reply<()>) {
+    pub(crate) fn resize(&mut self, name: Name, size: WindowSize, reply: Reply<()>) {
+        let container = name.container.clone();
+        self.when_saved(&container, move |tasks| tasks.resize_now(&name, size, reply));
+    }
+
+    fn resize_now(&mut self, name: &Name, size: WindowSize, reply: Reply<()>) {
         let process = match self.process(name) {
             Err(error) => return drop(reply.send(Err(error))),
             Ok(process) => process,
@@ -236,7 +174,11 @@ impl Tasks {
     }
 
     /// A container's use of its resources; `None` for a pod's sandbox, which uses none.
-    pub(crate) fn stats(&mut self, id: &str, reply: Reply<Option<RootStats>>) {
+    pub(crate) fn stats(&mut self, id: String, reply: Reply<Option<RootStats>>) {
+        self.when_saved(&id.clone(), move |tasks| tasks.stats_now(&id, reply));
+    }
+
+    fn stats_now(&mut self, id: &str, reply: Reply<Option<RootStats>>) {
         self.publish_memory_kills(id);
         let checked = self.container(id).and_then(|container| match container.init.state {
             State::Ending { .. } | State::Stopped { .. } => {

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::types::mount::Mount;
+use mvm_runtime::agent::{Process as GuestProcess, StdioSpec};
 use mvm_runtime::failure::Failure;
-use mvm_runtime::sandbox::{ContainerRequest, Launcher, RootfsMount, Sandbox};
+use mvm_runtime::sandbox::{ContainerRequest, Launcher, RestoreRequest, RootfsMount, Sandbox};
 use oci_spec::runtime::Process as OciProcess;
 
+use super::delete::Last;
 use super::machine::{Machine, Place};
+use super::process::console_size;
 use super::{Container, Process, Reply, Tasks, program};
 use crate::bundle::{self, Role};
 use crate::error::{Error, Result};
@@ -27,6 +30,8 @@ pub(crate) struct NewTask {
     pub(crate) rootfs: Vec<Mount>,
     /// Its init's outputs.
     pub(crate) stdio: Paths,
+    /// The directory of the checkpoint it goes on from.
+    pub(crate) checkpoint: Option<PathBuf>,
 }
 
 /// All that is needed to make one, on another thread.
@@ -34,6 +39,7 @@ struct Recipe {
     request: ContainerRequest,
     role: Role,
     stdio: Paths,
+    checkpoint: Option<PathBuf>,
     place: Arc<Place>,
     launcher: Arc<dyn Launcher>,
     /// The pod's machine, if it is up.
@@ -47,6 +53,17 @@ struct Made {
     sandbox: Arc<dyn Sandbox>,
     booted: bool,
     outputs: Outputs,
+    /// The process in the guest, if it goes on from a checkpoint.
+    restored: Option<GuestProcess>,
+}
+
+/// A container that is being made.
+#[derive(Default)]
+pub(super) struct Creating {
+    /// Nobody wants it any more: what is made of it is undone.
+    pub(super) unwanted: bool,
+    /// Who asked for its deletion.
+    deletions: Vec<Reply<Last>>,
 }
 
 impl Tasks {
@@ -55,7 +72,7 @@ impl Tasks {
         match self.recipe(&task) {
             Err(error) => drop(reply.send(Err(error))),
             Ok(recipe) => {
-                self.creating.insert(task.id.clone(), false);
+                self.creating.insert(task.id.clone(), Creating::default());
                 if recipe.sandbox.is_none() {
                     self.machine = Machine::Booting;
                 }
@@ -70,6 +87,10 @@ impl Tasks {
         }
         let spec = bundle::spec(&task.bundle)?;
         let role = Role::of(&spec);
+        if task.checkpoint.is_some() && role != Role::Alone {
+            let text = "a checkpoint is of a whole machine, and a pod's is made empty";
+            return Err(Error::failed_precondition(format!("cannot restore {}: {text}", task.id)));
+        }
         let sandbox = match (role, &self.machine) {
             (Role::Member, Machine::Up(sandbox)) => Some(Arc::clone(sandbox)),
             (Role::Member, _) => return Err(Error::failed_precondition("the pod's machine does not run")),
@@ -81,14 +102,22 @@ impl Tasks {
             request: ContainerRequest { id: task.id.clone(), bundle: task.bundle.clone(), spec, rootfs },
             role,
             stdio: task.stdio.clone(),
+            checkpoint: task.checkpoint.clone(),
             place: Arc::clone(&self.place),
             launcher: Arc::clone(&self.launcher),
             sandbox,
         })
     }
 
+    /// If the container is being made, it is to be deleted: says so once it is undone.
+    pub(super) fn delete_creating(&mut self, id: &str, reply: Reply<Last>) -> Option<Reply<Last>> {
+        let Some(creating) = self.creating.get_mut(id) else { return Some(reply) };
+        creating.unwanted = true;
+        creating.deletions.push(reply);
+        None
+    }
+
     fn created(&mut self, task: NewTask, made: Result<Made>, reply: Reply<u32>) {
-        let unwanted = self.creating.remove(&task.id).unwrap_or(true);
         let booting = matches!(self.machine, Machine::Booting);
         let made = match made {
             Ok(made) => made,
@@ -98,28 +127,53 @@ impl Tasks {
                 }
                 log::warn!("task {} not made: {error}", task.id);
                 let _ = reply.send(Err(error));
-                return self.give_up(unwanted);
+                return self.not_created(&task.id);
             }
         };
         let pid = made.sandbox.pid();
         if made.booted {
-            self.machine_is_up(made.sandbox);
+            self.keeper = Some(task.bundle.clone());
+            self.machine_is_up(Arc::clone(&made.sandbox));
         }
-        if unwanted {
-            let _ = reply.send(Err(Error::failed("nobody wants the task any more")));
-            return self.end_machine(Box::new(|tasks| tasks.give_up(true)));
+        if self.creating.get(&task.id).is_none_or(|creating| creating.unwanted) {
+            return self.undo(task.id, made, reply);
         }
-        let init = Process::new(task.stdio.clone(), made.process, Some(made.outputs));
+        self.creating.remove(&task.id);
+        let mut init = Process::new(task.stdio.clone(), made.process, Some(made.outputs));
+        init.restored = made.restored;
         self.containers.insert(task.id.clone(), Container::new(made.role, task.bundle.clone(), init));
         self.publisher.publish("/tasks/create", &created_event(task, pid));
         let _ = reply.send(Ok(pid));
     }
 
-    /// After a creation that gave nothing: the daemon may have been told to end meanwhile.
-    fn give_up(&mut self, unwanted: bool) {
-        if unwanted {
-            self.shut_down();
+    /// Undoes what was made for nobody: with its machine, or in a pod's, which the others need.
+    fn undo(&mut self, id: String, made: Made, reply: Reply<u32>) {
+        let container = id.clone();
+        let undone = move |tasks: &mut Self| {
+            let _ = reply.send(Err(Error::failed("nobody wants the task any more")));
+            tasks.not_created(&container);
+        };
+        if made.booted {
+            return self.end_machine(Box::new(undone));
         }
+        self.blocking(
+            move || made.sandbox.remove(&id),
+            move |tasks, removed| {
+                if let Err(failure) = removed {
+                    log::error!("{}", failure.report());
+                }
+                undone(tasks);
+            },
+        );
+    }
+
+    /// A creation is over and gave nothing. The daemon may have been told to end meanwhile.
+    fn not_created(&mut self, id: &str) {
+        let creating = self.creating.remove(id).unwrap_or_default();
+        for deletion in creating.deletions {
+            let _ = deletion.send(Err(Error::not_found("container not created")));
+        }
+        self.end_if_wanted();
     }
 }
 
@@ -127,6 +181,9 @@ impl Recipe {
     fn make(mut self) -> Result<Made> {
         let owner = Owner { namespace: self.place.namespace.clone(), container: self.request.id.clone() };
         let outputs = self.stdio.open_outputs(&owner)?;
+        if let Some(checkpoint) = self.checkpoint.take() {
+            return self.restore(checkpoint, outputs);
+        }
         let (sandbox, booted) = match &self.sandbox {
             Some(sandbox) => (Arc::clone(sandbox), false),
             None => (self.boot()?, true),
@@ -137,7 +194,26 @@ impl Recipe {
             return Err(error);
         }
         let process = Box::new(self.request.spec.process_mut().take().unwrap_or_default());
-        Ok(Made { role: self.role, process, sandbox, booted, outputs })
+        Ok(Made { role: self.role, process, sandbox, booted, outputs, restored: None })
+    }
+
+    /// The container goes on from a checkpoint, with its machine; its processes stand still.
+    fn restore(self, checkpoint: PathBuf, outputs: Outputs) -> Result<Made> {
+        let process = Box::new(self.request.spec.process().clone().unwrap_or_default());
+        // What the process has is taken, wherever it goes.
+        let stdio = match self.stdio.spec(console_size(&process)) {
+            StdioSpec::Pipes { stdin, .. } => StdioSpec::Pipes { stdin, stdout: true, stderr: true },
+            terminal => terminal,
+        };
+        let from = RestoreRequest { checkpoint, stdio };
+        let (sandbox, restored) = self.place.restore(&*self.launcher, &self.request, &from)?;
+        let ContainerRequest { bundle, spec, .. } = &self.request;
+        if let Err(failure) = self.place.machine_is_up(bundle, spec, sandbox.pid()) {
+            // The first failure is the one to tell.
+            let _ = sandbox.end();
+            return Err(failure.into());
+        }
+        Ok(Made { role: self.role, process, sandbox, booted: true, outputs, restored: Some(restored) })
     }
 
     fn boot(&self) -> std::result::Result<Arc<dyn Sandbox>, Failure> {
@@ -182,6 +258,7 @@ fn created_event(task: NewTask, pid: u32) -> TaskCreate {
         container_id: task.id,
         bundle: task.bundle.to_string_lossy().into_owned(),
         rootfs: task.rootfs,
+        checkpoint: task.checkpoint.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
         io: MessageField::some(io),
         pid,
         ..Default::default()

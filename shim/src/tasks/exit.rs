@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::MessageField;
 use mvm_protocol::SignalTarget;
 use nix::libc::SIGKILL;
 
-use super::machine::Machine;
 use super::{Exit, KILLED, Name, State, Tasks, Ticket, now};
 use crate::bundle::Role;
 use crate::events::timestamp;
@@ -31,6 +30,20 @@ impl Tasks {
             drained.await;
             me.tell(move |tasks| tasks.process_drained(&ticket, exit));
         });
+    }
+
+    /// A process that its guest does not end is said to have ended.
+    pub(super) fn give_up(&mut self, ticket: &Ticket) {
+        self.abandon(ticket);
+        self.process_exited(ticket, KILLED);
+    }
+
+    /// Nobody waits any more for the guest's word that a process has ended.
+    fn abandon(&mut self, ticket: &Ticket) {
+        let Ok(sandbox) = self.sandbox() else { return };
+        if let Some(State::Running { id, .. }) = self.holder(ticket).map(|process| &process.state) {
+            sandbox.abandon(*id);
+        }
     }
 
     fn process_drained(&mut self, ticket: &Ticket, exit: Exit) {
@@ -90,8 +103,11 @@ impl Tasks {
         let alive = container.execs.iter().filter(|(_, exec)| exec.is_alive());
         let names: Vec<_> = alive.map(|(exec, _)| exec.clone()).collect();
         for exec in names {
-            let exit = Exit { status: KILLED, at: now() };
-            self.process_is_over(&Name { container: id.clone(), exec }, exit);
+            let name = Name { container: id.clone(), exec };
+            if let Ok(ticket) = self.ticket(&name) {
+                self.abandon(&ticket);
+            }
+            self.process_is_over(&name, Exit { status: KILLED, at: now() });
         }
         self.release_held_exit(id);
     }
@@ -133,18 +149,6 @@ impl Tasks {
         if ends_machine {
             self.end_machine(Box::new(|_| {}));
         }
-    }
-
-    /// Tells of kills for want of memory that were not told yet.
-    pub(super) fn publish_memory_kills(&mut self, id: &str) {
-        let Machine::Up(sandbox) = &self.machine else { return };
-        let kills = sandbox.memory_kills(id);
-        let Some(container) = self.containers.get_mut(id) else { return };
-        // One event for however many: that is what a cgroup's notification gives.
-        if kills > container.memory_kills {
-            container.memory_kills = kills;
-            let event = TaskOOM { container_id: id.to_owned(), ..Default::default() };
-            self.publisher.publish("/tasks/oom", &event);
-        }
+        self.release_members_over();
     }
 }

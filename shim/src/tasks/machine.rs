@@ -2,20 +2,24 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
+use mvm_runtime::agent::Process;
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::sandbox::{Launcher, Sandbox, SandboxRequest};
+use mvm_runtime::hex::hex;
+use mvm_runtime::sandbox::{ContainerRequest, Launcher, RestoreRequest, Sandbox, SandboxRequest};
 use mvm_runtime::state::ProcessId;
 use oci_spec::runtime::{Process as OciProcess, Spec};
 use sha2::{Digest, Sha256};
 
 use super::{Exit, Job, KILLED, Name, State, Tasks, now};
-use crate::bundle::{MACHINES, Record};
+use crate::bundle::{MACHINES, Record, Role};
 
 /// Stack of a thread that only waits, in bytes.
 const WAITING_STACK: usize = 256 * 1024;
+/// Stack of a thread that ends a machine, in bytes. Only what is touched costs.
+const ENDING_STACK: usize = 2 << 20;
 /// Longest path of a machine's directory: its sockets' paths must fit.
 const MAX_DIRECTORY: usize = 85;
 /// Longest name of a machine.
@@ -70,7 +74,7 @@ impl Place {
 
     fn hash(&self) -> String {
         let hash = Sha256::digest(format!("{}/{}", self.namespace, self.group));
-        hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hex(hash.iter().take(16))
     }
 
     /// Boots the machine.
@@ -80,9 +84,23 @@ impl Place {
         spec: &Spec,
         pod: bool,
     ) -> Result<Arc<dyn Sandbox>, Failure> {
-        let id =
-            self.machine_id().try_into().context(|| format!("{} cannot be a machine's name", self.group))?;
-        launcher.boot(&SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod, net: None })
+        launcher.boot(&self.request(spec, pod)?)
+    }
+
+    /// Has the machine go on with a container in it; the container's process.
+    pub(super) fn restore(
+        &self,
+        launcher: &dyn Launcher,
+        container: &ContainerRequest,
+        from: &RestoreRequest,
+    ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
+        launcher.restore_checkpoint(&self.request(&container.spec, false)?, container, from)
+    }
+
+    fn request(&self, spec: &Spec, pod: bool) -> Result<SandboxRequest, Failure> {
+        let id = self.machine_id().try_into();
+        let id = id.context(|| format!("{} cannot be a machine's name", self.group))?;
+        Ok(SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod, net: None })
     }
 
     /// Records the machine's process.
@@ -105,6 +123,7 @@ impl Tasks {
     /// The machine is up: its end will be noticed.
     pub(super) fn machine_is_up(&mut self, sandbox: Arc<dyn Sandbox>) {
         self.machine = Machine::Up(Arc::clone(&sandbox));
+        self.hear_of_memory_kills(&*sandbox);
         self.machines += 1;
         let (me, number) = (self.me.clone(), self.machines);
         waiting_thread("machine", move || {
@@ -122,7 +141,9 @@ impl Tasks {
         if matches!(self.machine, Machine::Up(_)) {
             log::warn!("the machine has ended: {how}");
         }
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
+        let mut ids: Vec<String> = self.containers.keys().cloned().collect();
+        // A sandbox is over after the containers in it.
+        ids.sort_by_key(|id| self.containers.get(id).map(|container| container.role) == Some(Role::Sandbox));
         for id in ids {
             let execs: Vec<String> =
                 self.containers.get(&id).map(|c| c.execs.keys().cloned().collect()).unwrap_or_default();
@@ -132,7 +153,7 @@ impl Tasks {
             let init = Name { container: id, exec: String::new() };
             self.process_is_lost(&init);
             if self.process(&init).is_ok_and(|p| matches!(p.state, State::Created { .. } | State::Virtual)) {
-                self.process_is_over(&init, Exit { status: KILLED, at: now() });
+                self.init_without_guest_is_over(&init, Exit { status: KILLED, at: now() });
             }
         }
         self.end_machine(Box::new(|_| {}));
@@ -152,7 +173,8 @@ impl Tasks {
             Machine::Up(sandbox) => {
                 let sandbox = Arc::clone(sandbox);
                 self.machine = Machine::Ending { pid: sandbox.pid(), waiting: vec![then] };
-                self.blocking(
+                self.apart(
+                    "end",
                     move || sandbox.end(),
                     |tasks, ended| {
                         if let Err(failure) = ended {
@@ -180,5 +202,24 @@ pub(super) fn waiting_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     let builder = thread::Builder::new().name(name.to_owned()).stack_size(WAITING_STACK);
     if let Err(error) = builder.spawn(work) {
         log::error!("cannot start a thread: {error}");
+    }
+}
+
+/// Does a job on a thread of its own, or, where the host has none left, on one that is shared: it must be done.
+pub(super) fn own_thread(name: &str, job: impl FnOnce() + Send + 'static) {
+    let (jobs, given) = mpsc::channel();
+    let job: Box<dyn FnOnce() + Send> = Box::new(job);
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(ENDING_STACK);
+    let spawned =
+        builder.spawn(move || given.recv().into_iter().for_each(|job: Box<dyn FnOnce() + Send>| job()));
+    let left = match spawned {
+        Ok(_) => jobs.send(job).err().map(|unsent| unsent.0),
+        Err(error) => {
+            log::error!("cannot start a thread: {error}");
+            Some(job)
+        }
+    };
+    if let Some(job) = left {
+        tokio::task::spawn_blocking(job);
     }
 }

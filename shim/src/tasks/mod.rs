@@ -3,11 +3,15 @@
 //! One actor owns it. Everything else sends it closures, which it runs one after the other; whatever blocks runs on
 //! threads and sends a closure when it is done. So there is no lock, and state changes only between two closures.
 
+mod checkpoint;
 mod control;
 mod create;
 mod delete;
 mod exit;
+mod kill;
 mod machine;
+mod oom;
+mod pod;
 mod process;
 mod program;
 mod start;
@@ -23,9 +27,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::bundle::Role;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+pub(crate) use checkpoint::NewCheckpoint;
+use create::Creating;
 pub(crate) use create::NewTask;
-use machine::Machine;
 pub(crate) use machine::Place;
+use machine::{Machine, own_thread};
 pub(crate) use process::{Exit, Name, Report, Status};
 use process::{Process, State, Ticket};
 
@@ -66,8 +72,14 @@ pub(crate) struct Tasks {
     /// How many machines there were: what is told of one later may find another.
     machines: u64,
     containers: BTreeMap<String, Container>,
-    /// Containers being made, and whether nobody wants them any more.
-    creating: BTreeMap<String, bool>,
+    /// Containers being made.
+    creating: BTreeMap<String, Creating>,
+    /// The bundle with the record by which whatever is left of this daemon can be ended.
+    keeper: Option<PathBuf>,
+    /// What waits for the end of a pod's containers.
+    members_over: Vec<Job>,
+    /// The daemon is to end when nothing is left to serve.
+    end_wanted: bool,
     /// Told when the daemon is to end.
     finished: watch::Sender<bool>,
 }
@@ -81,6 +93,8 @@ struct Container {
     paused: bool,
     /// An operation is under way that others must wait for.
     busy: bool,
+    /// That is a checkpoint.
+    saving: bool,
     waiting: VecDeque<Job>,
     /// Kills for want of memory that were published.
     memory_kills: u64,
@@ -107,6 +121,9 @@ impl Tasks {
             machines: 0,
             containers: BTreeMap::new(),
             creating: BTreeMap::new(),
+            keeper: None,
+            members_over: Vec::new(),
+            end_wanted: false,
             finished,
         };
         tokio::spawn(async move {
@@ -121,9 +138,21 @@ impl Tasks {
     pub(crate) fn shut_down(&mut self) -> bool {
         // containerd asks after each deletion: while others are there, what is being made is theirs.
         if self.containers.is_empty() {
-            self.creating.values_mut().for_each(|unwanted| *unwanted = true);
+            self.creating.values_mut().for_each(|creating| creating.unwanted = true);
+            self.end_wanted = true;
         }
-        let ends = self.containers.is_empty() && self.creating.is_empty();
+        self.end_if_wanted()
+    }
+
+    /// Ends the daemon as soon as it has nothing to do. Not every containerd asks again.
+    pub(crate) fn shut_down_when_idle(&mut self) {
+        self.end_wanted = true;
+        self.shut_down();
+    }
+
+    /// Ends the daemon if that is wanted and nothing is left to serve; tells whether it ends.
+    fn end_if_wanted(&mut self) -> bool {
+        let ends = self.end_wanted && self.containers.is_empty() && self.creating.is_empty();
         if ends {
             // Before anybody learns of the end: the next `start` must not find this daemon.
             let _ = std::fs::remove_file(&self.place.socket);
@@ -145,6 +174,20 @@ impl Tasks {
     ) {
         let me = self.me.clone();
         tokio::task::spawn_blocking(move || {
+            let result = work();
+            me.tell(move |tasks| then(tasks, result));
+        });
+    }
+
+    /// The same on a thread of its own: what ends a machine must not queue behind calls that its guest holds up.
+    fn apart<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) {
+        let me = self.me.clone();
+        own_thread(name, move || {
             let result = work();
             me.tell(move |tasks| then(tasks, result));
         });
@@ -207,6 +250,7 @@ impl Container {
             execs: BTreeMap::new(),
             paused: false,
             busy: false,
+            saving: false,
             waiting: VecDeque::new(),
             memory_kills: 0,
             held_exit: None,

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use mvm_protocol::WindowSize;
+use mvm_runtime::agent::Process as GuestProcess;
 use oci_spec::runtime::Process as OciProcess;
 use tokio::sync::watch;
 
@@ -68,10 +69,14 @@ pub(super) struct Process {
     pub(super) serial: u64,
     pub(super) stdio: Paths,
     pub(super) state: State,
+    /// It is in the guest already, and stands still until it is started.
+    pub(super) restored: Option<GuestProcess>,
     /// Its terminal's size, as last told before it started.
     pub(super) size: WindowSize,
     /// The client has closed its standard input before it started.
     pub(super) stdin_closed: bool,
+    /// It was killed, and is given its time to end.
+    pub(super) killed: bool,
     /// How it ended, for all who wait.
     pub(super) exit: watch::Sender<Option<Exit>>,
 }
@@ -94,17 +99,16 @@ pub(super) enum State {
 
 impl Process {
     pub(super) fn new(stdio: Paths, process: Box<OciProcess>, outputs: Option<Outputs>) -> Self {
-        let size = process.console_size().map(|size| WindowSize {
-            rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
-            columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
-        });
+        let size = console_size(&process);
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             serial: NEXT.fetch_add(1, Ordering::Relaxed),
             stdio,
             state: State::Created { process, outputs },
-            size: size.unwrap_or_default(),
+            restored: None,
+            size,
             stdin_closed: false,
+            killed: false,
             exit: watch::Sender::new(None),
         }
     }
@@ -121,4 +125,13 @@ impl Process {
             State::Stopped { .. } => Status::Stopped,
         }
     }
+}
+
+/// The size that a process's terminal is to have.
+pub(super) fn console_size(process: &OciProcess) -> WindowSize {
+    let size = process.console_size().map(|size| WindowSize {
+        rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
+        columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
+    });
+    size.unwrap_or_default()
 }

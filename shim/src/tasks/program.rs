@@ -4,6 +4,7 @@
 //! made and could not be started. What cannot be told for sure is left to the start.
 
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use mvm_protocol::{Get, GotContent, Place};
 use mvm_runtime::sandbox::Sandbox;
@@ -13,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// Links that are followed before it is left to the guest's kernel.
 const MAX_LINKS: usize = 16;
+/// How long it is looked for.
+const LOOK_TIME: Duration = Duration::from_secs(10);
 /// Where a file is read from when its content does not matter: behind the end of any program.
 const BEHIND: u64 = 1 << 40;
 
@@ -31,9 +34,10 @@ pub(super) fn check(sandbox: &dyn Sandbox, container: &str, process: &OciProcess
         return Err(Error::invalid_argument("the process has no program"));
     };
     let places = candidates(name, process);
+    let end = Instant::now() + LOOK_TIME;
     let mut denied = false;
     for place in &places {
-        match look(sandbox, container, place) {
+        match look(sandbox, container, place, end) {
             Found::Program | Found::Unknown => return Ok(()),
             Found::NoProgram => denied = true,
             Found::Nothing => {}
@@ -61,10 +65,13 @@ fn candidates(name: &str, process: &OciProcess) -> Vec<PathBuf> {
     directories.map(|directory| Path::new(directory).join(name)).collect()
 }
 
-fn look(sandbox: &dyn Sandbox, container: &str, path: &Path) -> Found {
+fn look(sandbox: &dyn Sandbox, container: &str, path: &Path, end: Instant) -> Found {
     let mut path = path.to_path_buf();
     let mut climbed = false;
     for _ in 0..MAX_LINKS {
+        if Instant::now() >= end {
+            return Found::Unknown;
+        }
         let Some(plain) = plain(&path, &mut climbed) else { return Found::Unknown };
         let place = Place::Root(container.to_owned());
         let got = match sandbox.get(Get { place, path: plain.clone(), offset: BEHIND }) {

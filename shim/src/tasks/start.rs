@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
-use mvm_protocol::{ExitStatus, WindowSize};
+use mvm_protocol::{ExitStatus, SignalTarget, WindowSize};
 use mvm_runtime::agent::Process as GuestProcess;
 use mvm_runtime::sandbox::Sandbox;
+use nix::libc::SIGKILL;
 use oci_spec::runtime::Process as OciProcess;
 
 use super::machine::{Machine, waiting_thread};
@@ -22,6 +23,7 @@ struct Begun {
     size: WindowSize,
     owner: Owner,
     sandbox: Arc<dyn Sandbox>,
+    restored: Option<GuestProcess>,
 }
 
 /// A process that runs, and what its streams are to be connected to.
@@ -38,9 +40,23 @@ impl Begun {
             None => self.stdio.open_outputs(&self.owner)?,
         };
         let input = self.stdio.open_input()?;
-        let spec = self.stdio.spec(self.size);
-        let guest = self.sandbox.start(&self.owner.container, &self.process, spec)?;
+        let guest = match self.restored.take() {
+            Some(guest) => self.go_on(guest)?,
+            None => {
+                let spec = self.stdio.spec(self.size);
+                self.sandbox.start(&self.owner.container, &self.process, spec)?
+            }
+        };
         Ok(Started { guest, input, outputs })
+    }
+
+    /// Lets a container go on that was restored.
+    fn go_on(&self, guest: GuestProcess) -> Result<GuestProcess> {
+        if self.stdio.terminal && self.size != WindowSize::default() {
+            self.sandbox.resize(guest.id, self.size)?;
+        }
+        self.sandbox.resume(&self.owner.container)?;
+        Ok(guest)
     }
 }
 
@@ -114,11 +130,11 @@ impl Tasks {
         }
         let sandbox = sandbox?;
         let next = if is_sandbox { State::Virtual } else { State::Starting };
-        let (stdio, size) = (process.stdio.clone(), process.size);
+        let (stdio, size, restored) = (process.stdio.clone(), process.size, process.restored.take());
         match std::mem::replace(&mut process.state, next) {
             State::Created { process, outputs } if !is_sandbox => {
                 container.busy = is_init;
-                Ok(Some(Begun { process, outputs, stdio, size, owner, sandbox }))
+                Ok(Some(Begun { process, outputs, stdio, size, owner, sandbox, restored }))
             }
             _ => Ok(None),
         }
@@ -150,12 +166,22 @@ impl Tasks {
     fn attach(&mut self, name: &Name, started: Started) -> Result<u32> {
         let sandbox = self.sandbox()?;
         let id = started.guest.id;
+        if let Err(error) = self.connect(name, started) {
+            // It runs, and is nobody's.
+            sandbox.abandon(id);
+            self.blocking(move || sandbox.signal(id, SIGKILL, SignalTarget::Process), |_, _| {});
+            return Err(error);
+        }
+        let pid = self.publish_start(name);
+        let ticket = self.ticket(name)?;
+        self.await_exit(ticket, id, sandbox);
+        Ok(pid)
+    }
+
+    fn connect(&mut self, name: &Name, started: Started) -> Result<()> {
+        let id = started.guest.id;
         if !matches!(self.process(name)?.state, State::Starting) {
             // Its end was told while it was started: that stands.
-            self.blocking(
-                move || sandbox.signal(id, nix::libc::SIGKILL, mvm_protocol::SignalTarget::Process),
-                |_, _| {},
-            );
             return Err(Error::failed_precondition("the process was given up while it was started"));
         }
         let mut pumps = Pumps::start(started.input, started.outputs, started.guest)
@@ -165,10 +191,7 @@ impl Tasks {
             pumps.close_stdin();
         }
         process.state = State::Running { id, pumps };
-        let pid = self.publish_start(name);
-        let ticket = self.ticket(name)?;
-        self.await_exit(ticket, id, sandbox);
-        Ok(pid)
+        Ok(())
     }
 
     /// An exec that could not be started is as it was. An init is over, with nobody to tell: that it started was not
@@ -178,6 +201,10 @@ impl Tasks {
         let Ok(container) = self.container(&name.container) else { return };
         let role = container.role;
         let Ok(record) = container.process(&name.exec) else { return };
+        if !matches!(record.state, State::Starting) {
+            // Its end was told while it was started: that stands.
+            return;
+        }
         record.state = State::Created { process, outputs: None };
         if !name.exec.is_empty() {
             return;

@@ -1,10 +1,12 @@
 //! What containerd is to a shim: a bundle, a log that may be read, a socket that takes events, a client.
 
 use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use containerd_shim_protos::api::{
@@ -12,18 +14,17 @@ use containerd_shim_protos::api::{
     KillRequest, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
-    TaskStart,
+    TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim::events::ForwardRequest;
-use containerd_shim_protos::ttrpc::context::{Context, with_duration};
-use containerd_shim_protos::ttrpc::{self, Code, Server, TtrpcContext};
-use containerd_shim_protos::{Client, Events, TaskClient, create_events};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use containerd_shim_protos::ttrpc;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::Value;
@@ -32,6 +33,7 @@ use tempfile::TempDir;
 use crate::bundles::process;
 use crate::fifos::Streams;
 use crate::host::{PATIENCE, children, is_alive, wait_gone};
+use crate::wire::{EventServer, Received, answer, context};
 
 /// The program under test.
 pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-mvm-v2");
@@ -41,28 +43,10 @@ pub(crate) struct Containerd {
     pub(crate) directory: TempDir,
     pub(crate) namespace: String,
     events: Arc<Received>,
-    server: Option<Server>,
+    server: Option<EventServer>,
     pub(crate) client: Option<TaskClient>,
     pub(crate) address: String,
     shim_pid: u32,
-}
-
-/// Events that were taken.
-#[derive(Default)]
-struct Received {
-    events: Mutex<Vec<Envelope>>,
-    changed: Condvar,
-}
-
-struct EventService(Arc<Received>);
-
-impl Events for EventService {
-    fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let mut events = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);
-        events.push(request.envelope.unwrap_or_default());
-        self.0.changed.notify_all();
-        Ok(Empty::default())
-    }
 }
 
 impl Containerd {
@@ -97,19 +81,23 @@ impl Containerd {
     /// Begins to take events, as after a restart.
     pub(crate) fn take_events(&mut self) {
         let _ = fs::remove_file(self.events_address());
-        let service = create_events(Arc::new(EventService(Arc::clone(&self.events))));
-        let address = format!("unix://{}", self.events_address().display());
-        let mut server = Server::new().bind(&address).unwrap().register_service(service);
-        server.start().unwrap();
-        self.server = Some(server);
+        self.server = Some(EventServer::new(&self.events_address(), &self.events));
     }
 
     /// Takes no events any more, as while it is down.
     pub(crate) fn go_down(&mut self) {
-        if let Some(server) = self.server.take() {
-            server.shutdown();
-        }
+        self.server = None;
         let _ = fs::remove_file(self.events_address());
+    }
+
+    /// Listens for events as one that is stopped: nobody accepts, and there is no room for another connection.
+    pub(crate) fn hang(&self) -> (OwnedFd, UnixStream) {
+        let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let address = UnixAddr::new(&self.events_address()).unwrap();
+        bind(listener.as_raw_fd(), &address).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let waiting = UnixStream::connect(self.events_address()).unwrap();
+        (listener, waiting)
     }
 
     /// Makes a bundle.
@@ -156,8 +144,8 @@ impl Containerd {
 
     /// Connects anew, as after a restart.
     pub(crate) fn connect(&mut self) {
-        let client = TaskClient::new(Client::connect(&self.address).unwrap());
-        let response = client.connect(context(), &ConnectRequest::default()).unwrap();
+        let client = TaskClient::new(answer(Client::connect(&self.address)).unwrap());
+        let response = answer(client.connect(context(), &ConnectRequest::default())).unwrap();
         self.shim_pid = response.shim_pid;
         self.client = Some(client);
     }
@@ -172,6 +160,11 @@ impl Containerd {
 
     /// Creates a task in its bundle.
     pub(crate) fn create(&self, id: &str, stdio: &Streams) -> ttrpc::Result<u32> {
+        self.restore(id, stdio, "")
+    }
+
+    /// Creates a task that goes on from a checkpoint.
+    pub(crate) fn restore(&self, id: &str, stdio: &Streams, checkpoint: &str) -> ttrpc::Result<u32> {
         let request = CreateTaskRequest {
             id: id.to_owned(),
             bundle: self.path(id).display().to_string(),
@@ -179,15 +172,16 @@ impl Containerd {
             stdout: stdio.stdout.clone(),
             stderr: stdio.stderr.clone(),
             terminal: stdio.terminal,
+            checkpoint: checkpoint.to_owned(),
             ..Default::default()
         };
-        Ok(self.client().create(context(), &request)?.pid)
+        Ok(answer(self.client().create(context(), &request))?.pid)
     }
 
     /// Starts a task, or an exec of it.
     pub(crate) fn run(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = StartRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
-        Ok(self.client().start(context(), &request)?.pid)
+        Ok(answer(self.client().start(context(), &request))?.pid)
     }
 
     /// Adds an exec of a shell script.
@@ -208,17 +202,17 @@ impl Containerd {
             spec: MessageField::some(spec),
             ..Default::default()
         };
-        self.client().exec(context(), &request)
+        answer(self.client().exec(context(), &request))
     }
 
     pub(crate) fn state(&self, id: &str, exec: &str) -> ttrpc::Result<StateResponse> {
         let request = StateRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
-        self.client().state(context(), &request)
+        answer(self.client().state(context(), &request))
     }
 
     pub(crate) fn wait(&self, id: &str, exec: &str) -> ttrpc::Result<WaitResponse> {
         let request = WaitRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
-        self.client().wait(context(), &request)
+        answer(self.client().wait(context(), &request))
     }
 
     pub(crate) fn kill(&self, id: &str, exec: &str, signal: i32) -> ttrpc::Result<Empty> {
@@ -228,22 +222,24 @@ impl Containerd {
             signal: u32::try_from(signal).unwrap(),
             ..Default::default()
         };
-        self.client().kill(context(), &request)
+        answer(self.client().kill(context(), &request))
     }
 
     pub(crate) fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<DeleteResponse> {
         let request = DeleteRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
-        self.client().delete(context(), &request)
+        answer(self.client().delete(context(), &request))
     }
 
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> ttrpc::Result<Empty> {
         let request =
             CloseIORequest { id: id.to_owned(), exec_id: exec.to_owned(), stdin: true, ..Default::default() };
-        self.client().close_io(context(), &request)
+        answer(self.client().close_io(context(), &request))
     }
 
     pub(crate) fn shutdown(&self, id: &str) -> ttrpc::Result<Empty> {
-        self.client().shutdown(context(), &ShutdownRequest { id: id.to_owned(), ..Default::default() })
+        answer(
+            self.client().shutdown(context(), &ShutdownRequest { id: id.to_owned(), ..Default::default() }),
+        )
     }
 
     /// The `delete` of the program itself.
@@ -272,7 +268,8 @@ impl Containerd {
     /// Deletes the last task's shim and waits until it is gone; gives the events in words.
     pub(crate) fn end(&mut self, id: &str) -> Vec<String> {
         let pid = self.shim_pid();
-        self.shutdown(id).unwrap();
+        // One that was asked before ends by itself.
+        let _ = self.shutdown(id);
         wait_gone(pid);
         let socket = self.address.trim_start_matches("unix://");
         assert!(!Path::new(socket).exists(), "the socket is left");
@@ -320,22 +317,14 @@ fn words(event: &Envelope) -> String {
             let event = TaskDelete::parse_from_bytes(value).unwrap();
             format!("{} {}", event.container_id, event.exit_status)
         }
+        "TaskCheckpointed" => {
+            let event = TaskCheckpointed::parse_from_bytes(value).unwrap();
+            format!("{} to {}", event.container_id, event.checkpoint)
+        }
         "TaskOOM" => TaskOOM::parse_from_bytes(value).unwrap().container_id,
         "TaskPaused" => TaskPaused::parse_from_bytes(value).unwrap().container_id,
         "TaskResumed" => TaskResumed::parse_from_bytes(value).unwrap().container_id,
         other => panic!("an event of type {other}"),
     };
     format!("{topic} {rest}")
-}
-
-pub(crate) fn context() -> Context {
-    with_duration(PATIENCE)
-}
-
-/// The class of error a call failed with.
-pub(crate) fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
-    match result {
-        Err(ttrpc::Error::RpcStatus(status)) => status.code(),
-        other => panic!("no status: {other:?}"),
-    }
 }

@@ -5,8 +5,9 @@ use containerd_shim_protos::ttrpc::Code;
 use nix::libc::{SIGKILL, SIGTERM};
 
 use crate::bundles::shell;
-use crate::containerd::{Containerd, code};
+use crate::containerd::Containerd;
 use crate::fifos::{Streams, fifo, read_all};
+use crate::wire::code;
 
 fn running() -> Containerd {
     let containerd = Containerd::with_shim("one", &shell("exec sleep 1000"));

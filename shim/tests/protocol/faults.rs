@@ -9,9 +9,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::bundles::shell;
-use crate::containerd::{Containerd, code};
+use crate::containerd::Containerd;
 use crate::fifos::{Streams, fifo, read_all};
 use crate::host::{children, is_alive, wait_gone, wait_until};
+use crate::wire::code;
 
 fn running() -> (Containerd, i32) {
     let containerd = Containerd::with_shim("one", &shell("exec sleep 1000"));
@@ -123,10 +124,38 @@ fn events_wait_for_a_containerd_that_is_down_and_keep_their_order() {
 fn an_orphan_is_reaped() {
     let (containerd, _) = running();
     // The shell ends first: its child becomes the shim's, which must not keep the corpse.
-    containerd.exec("one", "e", "sleep 0.5 & exit 0", &Streams::default()).unwrap();
+    let shim = containerd.shim_pid();
+    let before = children(shim);
+    assert_eq!(before.len(), 2, "the machine and the task");
+    containerd.exec("one", "e", "sleep 1000 & exit 0", &Streams::default()).unwrap();
     containerd.run("one", "e").unwrap();
     containerd.wait("one", "e").unwrap();
-    let shim = containerd.shim_pid();
-    assert!(children(shim).len() > 2, "the machine, the task and the orphan");
-    wait_until("the orphan is gone", || children(shim).len() == 2);
+    let new: Vec<_> = children(shim).into_iter().filter(|pid| !before.contains(pid)).collect();
+    let [orphan] = new[..] else { panic!("the orphan alone is new: {new:?}") };
+    kill(Pid::from_raw(orphan), Signal::SIGKILL).unwrap();
+    wait_until("the orphan is gone", || !children(shim).contains(&orphan));
+}
+
+#[test]
+fn a_containerd_that_hangs_holds_up_nothing_but_its_events() {
+    let (mut containerd, _) = running();
+    containerd.events(2);
+    containerd.go_down();
+    let hung = containerd.hang();
+    // Long enough for the shim to have found out.
+    for number in 0..20 {
+        let exec = format!("e{number}");
+        containerd.exec("one", &exec, "exit 4", &Streams::default()).unwrap();
+        containerd.run("one", &exec).unwrap();
+        assert_eq!(containerd.wait("one", &exec).unwrap().exit_status, 4);
+        containerd.delete("one", &exec).unwrap();
+    }
+    drop(hung);
+    containerd.take_events();
+    let events = containerd.events(2 + 20 * 3);
+    for (number, events) in events[2..].chunks(3).enumerate() {
+        let exec = format!("one/e{number}");
+        let told = [format!("exec-added {exec}"), format!("exec-started {exec}"), format!("exit {exec} 4")];
+        assert_eq!(events, told);
+    }
 }

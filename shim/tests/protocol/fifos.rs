@@ -13,6 +13,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
 use crate::containerd::Containerd;
+use crate::host::PATIENCE;
 
 /// Streams by path.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +35,10 @@ pub(crate) fn fifo(containerd: &Containerd, name: &str) -> String {
 pub(crate) fn read_all(path: &str) -> JoinHandle<Vec<u8>> {
     let mut file = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(path).unwrap();
     thread::spawn(move || {
-        poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        // The first byte may come with the last call of a test: what never comes must not hold it up for ever.
+        let time = PollTimeout::try_from(PATIENCE * 10).unwrap();
+        let ready = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], time).unwrap();
+        assert_eq!(ready, 1, "nobody ever wrote");
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).unwrap();

@@ -4,8 +4,9 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Longest anything may take before a test fails.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest anything may take before a test fails, a call included. What the shim itself waits for takes up to ten
+/// seconds, and what would hold it up for ever in these tests takes a minute or more.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The processes a process has started.
 pub(crate) fn children(pid: i32) -> Vec<i32> {
@@ -14,6 +15,13 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
     lists
         .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
         .collect()
+}
+
+/// How many threads of this name a process has.
+pub(crate) fn threads(pid: i32, name: &str) -> usize {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let names = threads.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+    names.filter(|comm| comm.trim_end() == name).count()
 }
 
 pub(crate) fn is_alive(pid: i32) -> bool {

@@ -3,8 +3,7 @@
 use std::fs;
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, StatsRequest, Status,
-    UpdateTaskRequest,
+    PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -13,9 +12,10 @@ use containerd_shim_protos::ttrpc::Code;
 use nix::libc::{SIGCONT, SIGKILL, SIGTERM};
 
 use crate::bundles::shell;
-use crate::containerd::{Containerd, code, context};
+use crate::containerd::Containerd;
 use crate::fifos::Streams;
 use crate::host::{is_alive, wait_gone, wait_until};
+use crate::wire::{answer, code, context};
 
 #[test]
 fn a_task_is_created_runs_and_is_deleted_and_each_step_is_told() {
@@ -97,9 +97,11 @@ fn a_task_that_never_started_can_be_killed_or_just_deleted() {
             assert_eq!(containerd.wait("one", "").unwrap().exit_status, 137);
             &["create one", "exit one/one 137", "delete one 137"]
         } else {
-            &["create one", "delete one 0"]
+            &["create one", "delete one 137"]
         };
-        containerd.delete("one", "").unwrap();
+        let deleted = containerd.delete("one", "").unwrap();
+        assert_eq!(deleted.exit_status, 137);
+        assert!(deleted.exited_at.is_some());
         assert_eq!(containerd.end("one"), expected);
     }
 }
@@ -110,15 +112,15 @@ fn a_paused_task_runs_on_when_it_is_resumed() {
     let pause = PauseRequest { id: "one".to_owned(), ..Default::default() };
     let resume = ResumeRequest { id: "one".to_owned(), ..Default::default() };
     containerd.create("one", &Streams::default()).unwrap();
-    assert_eq!(code(containerd.client().pause(context(), &pause)), Code::FAILED_PRECONDITION);
+    assert_eq!(code(answer(containerd.client().pause(context(), &pause))), Code::FAILED_PRECONDITION);
     containerd.run("one", "").unwrap();
-    assert_eq!(code(containerd.client().resume(context(), &resume)), Code::FAILED_PRECONDITION);
-    containerd.client().pause(context(), &pause).unwrap();
+    assert_eq!(code(answer(containerd.client().resume(context(), &resume))), Code::FAILED_PRECONDITION);
+    answer(containerd.client().pause(context(), &pause)).unwrap();
     assert_eq!(containerd.state("one", "").unwrap().status.unwrap(), Status::PAUSED);
-    assert_eq!(code(containerd.client().pause(context(), &pause)), Code::FAILED_PRECONDITION);
+    assert_eq!(code(answer(containerd.client().pause(context(), &pause))), Code::FAILED_PRECONDITION);
     assert_eq!(code(containerd.delete("one", "")), Code::FAILED_PRECONDITION);
     assert_eq!(code(containerd.exec("one", "e", "true", &Streams::default())), Code::FAILED_PRECONDITION);
-    containerd.client().resume(context(), &resume).unwrap();
+    answer(containerd.client().resume(context(), &resume)).unwrap();
     assert_eq!(containerd.state("one", "").unwrap().status.unwrap(), Status::RUNNING);
     containerd.kill("one", "", SIGKILL).unwrap();
     containerd.wait("one", "").unwrap();
@@ -134,25 +136,23 @@ fn figures_limits_sizes_and_numbers_are_answered() {
     containerd.run("one", "").unwrap();
     let client = containerd.client();
     let stats = StatsRequest { id: "one".to_owned(), ..Default::default() };
-    let stats = client.stats(context(), &stats).unwrap().stats.unwrap();
+    let stats = answer(client.stats(context(), &stats)).unwrap().stats.unwrap();
     assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
     assert_eq!(Metrics::parse_from_bytes(&stats.value).unwrap().memory.usage, 4096);
     let pids = PidsRequest { id: "one".to_owned(), ..Default::default() };
-    let pids = client.pids(context(), &pids).unwrap().processes;
+    let pids = answer(client.pids(context(), &pids)).unwrap().processes;
     assert_eq!(pids.iter().map(|process| process.pid).collect::<Vec<_>>(), [pid]);
     let update = |json: &str| {
         let resources = Any { value: json.as_bytes().to_vec(), ..Default::default() };
         let resources = MessageField::some(resources);
         UpdateTaskRequest { id: "one".to_owned(), resources, ..Default::default() }
     };
-    client.update(context(), &update(r#"{"memory":{"limit":67108864}}"#)).unwrap();
+    answer(client.update(context(), &update(r#"{"memory":{"limit":67108864}}"#))).unwrap();
     let noted = format!("/run/mvm/{}/one/one.limits", containerd.namespace);
     assert!(fs::read_to_string(noted).unwrap().contains("67108864"));
-    assert_eq!(code(client.update(context(), &update("{"))), Code::INVALID_ARGUMENT);
+    assert_eq!(code(answer(client.update(context(), &update("{")))), Code::INVALID_ARGUMENT);
     let resize = ResizePtyRequest { id: "one".to_owned(), width: 80, height: 24, ..Default::default() };
-    assert_eq!(code(client.resize_pty(context(), &resize)), Code::FAILED_PRECONDITION);
-    let checkpoint = CheckpointTaskRequest { id: "one".to_owned(), ..Default::default() };
-    assert_eq!(code(client.checkpoint(context(), &checkpoint)), Code::UNIMPLEMENTED);
+    assert_eq!(code(answer(client.resize_pty(context(), &resize))), Code::FAILED_PRECONDITION);
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn a_machine_that_does_not_boot_leaves_nothing_and_may_be_tried_again() {
     fs::write(containerd.path("one").join("config.json"), shell("true").to_string()).unwrap();
     containerd.create("one", &Streams::default()).unwrap();
     containerd.delete("one", "").unwrap();
-    assert_eq!(containerd.end("one"), ["create one", "delete one 0"]);
+    assert_eq!(containerd.end("one"), ["create one", "delete one 137"]);
 }
 
 #[test]

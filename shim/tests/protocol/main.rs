@@ -2,11 +2,15 @@
 
 mod bootstrap;
 mod bundles;
+mod checkpoints;
 mod containerd;
 mod execs;
 mod faults;
 mod fifos;
 mod host;
+mod hostile;
 mod life;
+mod orders;
 mod pods;
 mod stdio;
+mod wire;

@@ -7,19 +7,20 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::bundles::{in_pod, shell};
-use crate::containerd::{Containerd, code, context};
+use crate::containerd::Containerd;
 use crate::fifos::Streams;
 use crate::host::is_alive;
+use crate::wire::{answer, code, context};
 
 /// A pod with its sandbox running; the machine's process.
-fn pod() -> (Containerd, i32) {
+pub(crate) fn pod() -> (Containerd, i32) {
     let containerd = Containerd::with_shim("pod", &in_pod(shell("no program"), "sandbox", "pod"));
     let pid = containerd.create("pod", &Streams::default()).unwrap();
     assert_eq!(containerd.run("pod", "").unwrap(), pid);
     (containerd, i32::try_from(pid).unwrap())
 }
 
-fn join(containerd: &Containerd, id: &str, script: &str) {
+pub(crate) fn join(containerd: &Containerd, id: &str, script: &str) {
     containerd.bundle(id, &in_pod(shell(script), "container", "pod"));
     assert_eq!(containerd.start(id), containerd.address, "one shim serves the pod");
     containerd.create(id, &Streams::default()).unwrap();
@@ -57,7 +58,7 @@ fn a_pods_sandbox_runs_nothing() {
     let exec = containerd.exec("pod", "e", "true", &Streams::default());
     assert_eq!(code(exec), Code::FAILED_PRECONDITION);
     let stats = StatsRequest { id: "pod".to_owned(), ..Default::default() };
-    containerd.client().stats(context(), &stats).unwrap();
+    answer(containerd.client().stats(context(), &stats)).unwrap();
     containerd.kill("pod", "", nix::libc::SIGCHLD).unwrap();
     assert_eq!(containerd.state("pod", "").unwrap().status.unwrap(), Status::RUNNING);
     containerd.kill("pod", "", SIGKILL).unwrap();
@@ -77,7 +78,8 @@ fn a_sandbox_that_is_killed_takes_its_containers_along() {
     containerd.delete("a", "").unwrap();
     containerd.delete("pod", "").unwrap();
     let events = containerd.end("pod");
-    assert_eq!(events.iter().filter(|event| event.starts_with("exit")).count(), 2);
+    let exits: Vec<_> = events.iter().filter(|event| event.starts_with("exit")).collect();
+    assert_eq!(exits, ["exit a/a 137", "exit pod/pod 137"]);
 }
 
 #[test]
@@ -98,6 +100,7 @@ fn the_loss_of_the_machine_ends_every_task_once_with_137() {
     }
     let events = containerd.end("pod");
     let mut exits: Vec<_> = events.iter().filter(|event| event.starts_with("exit")).collect();
+    assert_eq!(exits.last().unwrap().as_str(), "exit pod/pod 137", "the sandbox is over last");
     exits.sort();
     let expected = ["exit a/a 137", "exit a/e 137", "exit b/b 137", "exit c/c 137", "exit pod/pod 137"];
     assert_eq!(exits, expected);

@@ -10,14 +10,30 @@ use mvm_runtime::container::{CapName, Volume};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
 use mvm_runtime::net::{Choice, Publish, TcpProfile};
 use mvm_runtime::state::Restart;
+use mvm_runtime::template;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
+use crate::density::args::Density;
 use crate::image::args::Images;
 use crate::life::args::Life;
+use crate::snapshot::args::{Fork, Restore, Snapshots};
+use crate::template::args::Templates;
+
+/// What is read from the environment, for the end of the help.
+const ENVIRONMENT: &str = "\
+Environment:
+  MVM_STATE     where images, snapshots and templates are kept: /var/lib/mvm
+  MVM_RUN       where containers that are there are found: /run/mvm
+  MVM_TEMPLATE  whether machines are made of templates: auto, never or always
+  MVM_FREE_PAGE_REPORTING=off  guests keep memory that they have freed
+  MVM_VMM       the program of a machine's process
+  MVM_KERNEL    the guests' kernel
+  MVM_AGENT     the guests' agent
+  MVM_PREFIX    where share/mvm with these two is looked for first";
 
 /// Run containers and kernels, each in a micro-VM of its own
 #[derive(Debug, Parser)]
-#[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(name = "mvm", version, max_term_width = 100, disable_help_subcommand = true, after_help = ENVIRONMENT)]
 pub(crate) struct Arguments {
     /// Log what is otherwise passed over in silence
     #[arg(long, global = true)]
@@ -36,10 +52,22 @@ pub(crate) enum Command {
     Life(Life),
     /// List, fetch, take in and remove images
     Image(Images),
+    /// Save running containers' machines, list and remove what was saved
+    Snapshot(Snapshots),
+    /// Have a container go on from a snapshot
+    Restore(Restore),
+    /// Have a second container go on from where one is
+    Fork(Fork),
+    /// Make, list and remove the templates that machines go on from
+    Template(Templates),
+    /// Start many containers and say what each costs
+    Density(Density),
     /// Check whether this host can run micro-VMs
     Doctor(Doctor),
     /// Print what makes a shell complete these commands
     Completion(Completion),
+    /// Say which version this is, and what its guests are made of
+    Version(Version),
     /// Own a container that `run --detach` leaves behind
     #[command(hide = true)]
     Own,
@@ -140,7 +168,7 @@ pub(crate) struct Run {
     /// Environment from a file, one variable a line; may be repeated
     #[arg(long, value_name = "FILE")]
     pub(crate) env_file: Vec<PathBuf>,
-    /// A file or directory of the host: HOST:CONTAINER[:ro]; may be repeated
+    /// A file, directory or disk of the host: HOST:CONTAINER[:ro]; may be repeated
     #[arg(short, long, value_name = "VOLUME")]
     pub(crate) volume: Vec<Volume>,
     /// Working directory in the container
@@ -191,9 +219,16 @@ pub(crate) struct Run {
     pub(crate) tcp_profile: TcpProfile,
     #[command(flatten)]
     pub(crate) shape: Shape,
+    /// Whether its machine goes on from a template: auto (from one that is there; else it boots and one is made
+    /// meanwhile), never or always. Without it as MVM_TEMPLATE says, or auto
+    #[arg(long, value_name = "CHOICE", value_parser = template::Choice::from_str)]
+    pub(crate) template: Option<template::Choice>,
     /// Say at the end how long each stage took and what the machine cost
     #[arg(long)]
     pub(crate) stats: bool,
+    /// Write a trace of its start, stage by stage, to this file; chrome://tracing and ui.perfetto.dev show it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace_file: Option<PathBuf>,
 }
 
 /// How large a machine is.
@@ -210,7 +245,28 @@ pub(crate) struct Shape {
 #[derive(Debug, Args)]
 #[command(after_help = "Exit codes: 0 machines can run here, 1 a check failed, 2 bad usage")]
 pub(crate) struct Doctor {
+    /// Check the limits that so many containers at once would meet, too
+    #[arg(long, value_name = "N")]
+    pub(crate) density: Option<u64>,
     /// How to print the report
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Version {
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+/// A list of what has keys.
+#[derive(Debug, Args)]
+pub(crate) struct Keys {
+    /// Print keys only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// How to print the list
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
 }

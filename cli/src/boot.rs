@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::machine::{Console, ConsoleKind, Machine, Plan, describe, prepare};
+use mvm_runtime::machine::{Console, ConsoleKind, Kernel, Machine, Origin, Plan, describe, prepare};
+use mvm_runtime::owner::FAILED;
 use mvm_vmm::exit::Exit;
 use mvm_vmm::kvm::probe::PVM;
 use nix::sys::signal::Signal;
 
 use crate::args::Boot;
+use crate::say;
 use crate::terminal::{RawMode, block_signals};
-use crate::{FAILED, say};
 
 /// Control and right bracket: leaves the machine, as in telnet.
 const ESCAPE: u8 = 0x1d;
@@ -63,20 +64,18 @@ pub(crate) fn boot(options: Boot) -> Result<u8, Failure> {
 
 fn plan(options: Boot) -> Result<Plan, Failure> {
     let id = format!("boot-{}", std::process::id());
+    let id = id.parse().context(|| "cannot name the machine".to_owned())?;
+    let kernel = Kernel { image: options.kernel, initrd: options.initrd, cmdline: options.cmdline };
     Ok(Plan {
-        id: id.parse().context(|| "cannot name the machine".to_owned())?,
         cpus: options.shape.cpus,
         memory: options.shape.memory,
-        kernel: options.kernel,
-        initrd: options.initrd,
-        cmdline: options.cmdline,
         disks: options.disk,
         nets: options.net,
-        netns: None,
         console: options.console.map(ConsoleKind::from),
         vsock: options.sockets.is_some(),
         devices: options.device,
         sockets: options.sockets,
+        ..Plan::new(id, Origin::Kernel(kernel))
     })
 }
 

@@ -9,7 +9,7 @@ use crate::UNFIT;
 use crate::args::{Doctor, Format};
 
 pub(crate) fn doctor(options: &Doctor) -> Result<u8, Failure> {
-    let rows = examine();
+    let rows = examine(options.density);
     let text = match options.format {
         Format::Json => {
             serde_json::to_string_pretty(&rows).context(|| "cannot print the report".to_owned())?

@@ -2,24 +2,27 @@
 
 mod args;
 mod boot;
+mod density;
 mod doctor;
 mod image;
 mod life;
 mod run;
+mod snapshot;
 mod stdio;
 mod table;
+mod template;
 mod terminal;
+mod version;
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::owner::exit_code;
 
 use args::{Arguments, Command};
 
-/// `mvm` itself failed, as with docker: nothing can be said of the container.
-const FAILED: u8 = 125;
 /// A check of `mvm doctor` failed.
 const UNFIT: u8 = 1;
 
@@ -32,7 +35,13 @@ fn main() -> ExitCode {
         Command::Run(run) => run::run(*run),
         Command::Life(command) => life::life(command),
         Command::Image(images) => image::image(images.command),
+        Command::Snapshot(snapshots) => snapshot::snapshot(snapshots.command),
+        Command::Restore(options) => snapshot::restore(&options),
+        Command::Fork(options) => snapshot::fork(&options),
+        Command::Template(templates) => template::template(templates.command),
+        Command::Density(options) => density::density(options),
         Command::Doctor(options) => doctor::doctor(&options),
+        Command::Version(options) => version::version(&options),
         Command::Completion(options) => {
             complete(options.shell);
             Ok(0)
@@ -44,7 +53,7 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             complain(&failure);
-            ExitCode::from(run::exit_code(&failure).unwrap_or(FAILED))
+            ExitCode::from(exit_code(&failure))
         }
     }
 }

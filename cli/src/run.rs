@@ -2,22 +2,27 @@
 
 mod own;
 pub(crate) mod progress;
+mod trace;
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::BufRead;
+use std::io::Read;
 use std::path::Path;
 
-use mvm_runtime::container::{NotRunnable, Overrides, Wishes, root_file_system, spec, state_dir};
+use mvm_runtime::container::{Overrides, Wishes, root_file_system, spec, state_dir};
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::owner::Refused;
+use mvm_runtime::net::Publish;
+use mvm_runtime::owner::{Job, JobNetwork};
 use mvm_runtime::sandbox::MachineLauncher;
 use mvm_runtime::state::{Home, Restart};
+use mvm_runtime::template::Maker;
+use mvm_runtime::timeline::{Timeline, Track};
 
-use self::own::{Audience, Job, Network};
+use self::own::Audience;
+use self::trace::TraceFile;
 use crate::args::Run;
 use crate::stdio;
 
-pub(crate) use self::own::left_behind;
+pub(crate) use self::own::{From, Order, leave_behind, left_behind};
 
 /// Longest file of variables, in bytes.
 const MAX_ENV_FILE: u64 = 1 << 20;
@@ -27,13 +32,28 @@ pub(crate) fn run(options: Run) -> Result<u8, Failure> {
     if options.restart != Restart::No && !options.detach {
         return Err(Failure::new("cannot restart a container that is not detached").help("add --detach"));
     }
+    let Some(path) = &options.trace_file else { return start(&options, &Timeline::default()) };
+    let file = TraceFile::create(path)?;
+    let timeline = Timeline::default();
+    let result = start(&options, &timeline);
+    if let Err(failure) = file.write(&timeline.stages(), &result) {
+        // How the container ended is what the caller waits for.
+        crate::complain(&failure);
+    }
+    result
+}
+
+fn start(options: &Run, timeline: &Timeline) -> Result<u8, Failure> {
+    let stage = timeline.begin(Track::Host, "find image");
     let state = state_dir();
-    let image = root_file_system(&options.image, &state, &mut progress::Bar::default())?;
+    let image = root_file_system(&options.image, &state, &mut progress::Noted::new(timeline))?;
+    drop(stage);
+    let stage = timeline.begin(Track::Host, "make specification");
     let id = generated_id()?;
     let name = options.name.as_ref().map_or_else(|| id.clone(), ToString::to_string);
     // What is wrong with the command is said before a machine is booted for it.
-    let mut spec = spec(&image.config, &wishes(&options, &name)?)?;
-    spec.set_annotations(Some(annotations(&options)));
+    let mut spec = spec(&image.config, &wishes(options, &name)?)?;
+    spec.set_annotations(Some(annotations(options)));
     let job = Job {
         id,
         name,
@@ -45,60 +65,35 @@ pub(crate) fn run(options: Run) -> Result<u8, Failure> {
         remove: options.rm || !options.detach,
         cpus: options.shape.cpus.get(),
         memory_mib: options.shape.memory.mib(),
-        net: Network {
+        net: JobNetwork {
             choice: options.net.to_string(),
-            publish: options.publish.iter().map(ToString::to_string).collect(),
+            publish: options.publish.iter().map(Publish::as_given).collect(),
             dns: options.dns.clone(),
             mtu: options.mtu,
         },
         stdin: options.interactive,
         stats: options.stats,
     };
+    drop(stage);
+    let order = Order { job, from: None, timeline: timeline.clone() };
     if options.detach {
-        own::leave_behind(&job)?;
-        return crate::life::print(&format!("{}\n", job.id)).map(|()| 0);
+        let _stage = timeline.begin(Track::Host, "leave owner behind");
+        leave_behind(&order)?;
+        return crate::life::print(&format!("{}\n", order.job.id)).map(|()| 0);
     }
     let home = Home::default_place();
-    own::own(&job, &home, &MachineLauncher::default(), Audience::Terminal(stdio::hold_signals()?), || ())
+    own::own(&order, &home, &launcher(timeline), Audience::Terminal(stdio::hold_signals()?), || ())
 }
 
-/// A failure that another process has reported, with the exit code it stands for.
-#[derive(Debug, thiserror::Error)]
-#[error("{report}")]
-pub(crate) struct Reported {
-    report: String,
-    exit_code: u8,
-}
-
-impl Reported {
-    fn failure(report: String, exit_code: u8) -> Failure {
-        Failure::because("cannot run the container", Self { report, exit_code })
-    }
-}
-
-/// The exit code a failure stands for, if it is about the container's program.
-pub(crate) fn exit_code(failure: &Failure) -> Option<u8> {
-    let mut cause = std::error::Error::source(failure);
-    while let Some(error) = cause {
-        if let Some(program) = error.downcast_ref::<NotRunnable>() {
-            return Some(program.exit_code);
-        }
-        if let Some(refused) = error.downcast_ref::<Refused>() {
-            return Some(refused.exit_code);
-        }
-        if let Some(reported) = error.downcast_ref::<Reported>() {
-            return Some(reported.exit_code);
-        }
-        cause = error.source();
-    }
-    None
+/// Makes machines of this host. A missing template is made by a process of its own: this one may be gone soon.
+fn launcher(timeline: &Timeline) -> MachineLauncher {
+    let maker = std::env::current_exe().map_or(Maker::Thread, Maker::Program);
+    MachineLauncher { maker, timeline: Some(timeline.clone()), ..MachineLauncher::default() }
 }
 
 /// Twelve hex digits, as docker names a container.
-fn generated_id() -> Result<String, Failure> {
-    let mut bytes = [0; 6];
-    mvm_devices::sys::random(&mut bytes).context(|| "cannot get random bytes".to_owned())?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+pub(crate) fn generated_id() -> Result<String, Failure> {
+    mvm_runtime::hex::random::<6>()
 }
 
 /// Variables as given, or of our own environment where only the name is.
@@ -138,13 +133,14 @@ fn wishes(options: &Run, name: &str) -> Result<Wishes, Failure> {
 /// Variables of a file, one a line, as given or passed on; empty lines and those that begin with # are not.
 fn variables_in(path: &Path) -> Result<Vec<String>, Failure> {
     let failed = || format!("cannot read variables from {}", path.display());
+    let mut text = String::new();
     let file = std::fs::File::open(path).context(failed)?;
-    let lines: Vec<String> = std::io::BufReader::new(std::io::Read::take(file, MAX_ENV_FILE))
-        .lines()
-        .collect::<Result<_, _>>()
-        .context(failed)?;
-    let lines = lines.into_iter().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
-    Ok(passed_on(&lines.collect::<Vec<_>>()))
+    let count = file.take(MAX_ENV_FILE + 1).read_to_string(&mut text).context(failed)?;
+    if u64::try_from(count).unwrap_or(u64::MAX) > MAX_ENV_FILE {
+        return Err(Failure::new(format!("{} has more than {MAX_ENV_FILE} bytes", path.display())));
+    }
+    let lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    Ok(passed_on(&lines.map(str::to_owned).collect::<Vec<_>>()))
 }
 
 fn labels(given: &[String]) -> BTreeMap<String, String> {
@@ -163,5 +159,33 @@ fn annotations(options: &Run) -> HashMap<String, String> {
     ]);
     let size = options.disk_size.map_or_else(|| "0".to_owned(), |size| format!("{}M", size.mib()));
     annotations.insert("io.mvm.upper_size".to_owned(), size);
+    if let Some(choice) = options.template {
+        annotations.insert("io.mvm.template".to_owned(), choice.to_string());
+    }
     annotations
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_variables_is_read_line_by_line_and_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        std::fs::write(&path, "# comment\nA=1\n\nB=x=y z\r\nPATH\nMVM_NO_SUCH_VARIABLE\n").unwrap();
+        let path_here = format!("PATH={}", std::env::var("PATH").unwrap());
+        assert_eq!(variables_in(&path).unwrap(), ["A=1", "B=x=y z", &path_here]);
+        let most = usize::try_from(MAX_ENV_FILE).unwrap();
+        std::fs::write(&path, format!("A={}", "x".repeat(most - 2))).unwrap();
+        assert_eq!(variables_in(&path).unwrap().len(), 1);
+        std::fs::write(&path, format!("A={}", "x".repeat(most - 1))).unwrap();
+        assert!(variables_in(&path).unwrap_err().report().contains("more than"));
+    }
+
+    #[test]
+    fn labels_have_values_or_none() {
+        let labels = labels(&["a=1=2".to_owned(), "b".to_owned()]);
+        assert_eq!(labels, [("a".to_owned(), "1=2".to_owned()), ("b".to_owned(), String::new())].into());
+    }
 }

@@ -7,6 +7,8 @@ use std::thread::JoinHandle;
 
 use mvm_protocol::WindowSize;
 use mvm_runtime::failure::{Context, Failure};
+use mvm_runtime::owner::{Output, Outputs};
+use mvm_runtime::timeline::{Timeline, Track};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::terminal;
@@ -32,6 +34,8 @@ pub(crate) struct Streams {
     pub(crate) stdin: Option<UnixStream>,
     pub(crate) stdout: Option<UnixStream>,
     pub(crate) stderr: Option<UnixStream>,
+    /// Where the first byte of each output is written down.
+    pub(crate) timeline: Timeline,
 }
 
 /// A process that can be told things. One that has just ended does not mind.
@@ -76,22 +80,28 @@ pub(crate) fn serve(
     } else {
         None
     };
-    let mut outputs = Vec::new();
+    let outputs = Outputs::new().context(|| "cannot follow the process's output".to_owned())?;
+    let timeline = &streams.timeline;
+    let first = |of: &'static str| FirstByte(Some((timeline.clone(), of)));
+    let mut pumps = Vec::new();
     if let Some(stream) = &streams.terminal {
-        outputs.push(copy_out(clone(stream)?, io::stdout()));
+        pumps.push(copy_out(outputs.take(clone(stream)?), io::stdout(), first("output")));
         feed(clone(stream)?, false);
     }
-    outputs.extend(streams.stdout.map(|stream| copy_out(stream, io::stdout())));
-    outputs.extend(streams.stderr.map(|stream| copy_out(stream, io::stderr())));
+    pumps.extend(streams.stdout.map(|stream| copy_out(outputs.take(stream), io::stdout(), first("output"))));
+    pumps.extend(
+        streams.stderr.map(|stream| copy_out(outputs.take(stream), io::stderr(), first("error output"))),
+    );
     if let Some(stream) = streams.stdin {
         feed(stream, true);
     }
     std::thread::spawn(move || pass_on(&signals, &target, has_terminal));
     let code = wait();
+    outputs.process_ended();
     if code.is_ok() {
-        for output in outputs {
+        for pump in pumps {
             // A panic of a pump was reported where it happened.
-            let _ = output.join();
+            let _ = pump.join();
         }
     }
     drop(raw);
@@ -120,11 +130,29 @@ fn clone(stream: &UnixStream) -> Result<UnixStream, Failure> {
     stream.try_clone().context(|| "cannot use the process's terminal".to_owned())
 }
 
+/// Writes down when a stream's first byte comes.
+struct FirstByte(Option<(Timeline, &'static str)>);
+
+impl FirstByte {
+    /// Bytes have come.
+    fn note(&mut self) {
+        if let Some((timeline, what)) = self.0.take() {
+            timeline.moment(Track::Host, format!("first byte of {what}"));
+        }
+    }
+}
+
 /// Copies until the process's stream ends. If nobody reads ours, the stream is closed: the process learns of it.
-fn copy_out(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+fn copy_out(mut from: Output, mut to: impl Write + Send + 'static, mut first: FirstByte) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut bytes = [0; 32 * 1024];
-        while let Ok(count @ 1..) = from.read(&mut bytes) {
+        loop {
+            let count = match from.read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(count @ 1..) => count,
+                Ok(0) | Err(_) => return,
+            };
+            first.note();
             if to.write_all(&bytes[..count]).and_then(|()| to.flush()).is_err() {
                 return;
             }

@@ -1,9 +1,13 @@
 //! Lists for people: columns as wide as they need to be.
 
-/// Lays `rows` out below `head`. The last column is not padded.
+use mvm_runtime::failure::escaped;
+
+/// Lays `rows` out below `head`. The last column is not padded; a terminal obeys nothing that is in them.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|text| escaped(text)).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|text| text.chars().count()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, text) in widths.iter_mut().zip(row) {
             *width = (*width).max(text.chars().count());
         }
@@ -57,6 +61,7 @@ mod tests {
         let rows = [vec!["a".to_owned(), "bcd".to_owned()], vec!["long".to_owned(), "x".to_owned()]];
         assert_eq!(table(&["ID", "NAME"], &rows), "ID    NAME\na     bcd\nlong  x\n");
         assert_eq!(table(&["ID"], &[]), "ID\n");
+        assert_eq!(table(&["N"], &[vec!["\u{1b}[2J".to_owned()]]), "N\n\\u{1b}[2J\n");
     }
 
     #[test]

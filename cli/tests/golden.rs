@@ -9,6 +9,7 @@ fn mvm(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mvm"))
         .args(arguments)
         .env("COLUMNS", "100")
+        .env("MVM_STATE", "/no/such/state")
         .stdin(Stdio::null())
         .output()
         .unwrap()
@@ -37,10 +38,19 @@ fn help_is_as_written() {
     golden("help", &["--help"]);
     golden("help-run", &["run", "--help"]);
     golden("help-boot", &["boot", "--help"]);
+    golden("help-density", &["density", "--help"]);
     golden("help-doctor", &["doctor", "--help"]);
     golden("help-image", &["image", "--help"]);
     golden("help-image-pull", &["image", "pull", "--help"]);
     golden("help-image-prune", &["image", "prune", "--help"]);
+    golden("help-fork", &["fork", "--help"]);
+    golden("help-restore", &["restore", "--help"]);
+    golden("help-snapshot", &["snapshot", "--help"]);
+    golden("help-snapshot-create", &["snapshot", "create", "--help"]);
+    golden("help-snapshot-rm", &["snapshot", "rm", "--help"]);
+    golden("help-template", &["template", "--help"]);
+    golden("help-template-create", &["template", "create", "--help"]);
+    golden("help-template-prune", &["template", "prune", "--help"]);
 }
 
 #[test]
@@ -53,6 +63,9 @@ fn bad_usage_exits_with_2_and_says_what_would_do() {
     golden("bad-disk", &["boot", "--kernel", "k", "--disk", "a.img,rw"]);
     golden("bad-net", &["boot", "--kernel", "k", "--net", "wifi"]);
     golden("bad-net-address", &["boot", "--kernel", "k", "--net", "tap=t0,ip=10.0.0.2/24"]);
+    golden("bad-template", &["run", "--template", "sometimes", "image"]);
+    golden("bad-snapshot-name", &["snapshot", "create", "web", "--name", "../x"]);
+    golden("bad-snapshot-base", &["snapshot", "create", "web", "--base", "../x"]);
     golden("bad-name", &["run", "--name", "../x", "image"]);
 }
 
@@ -70,7 +83,21 @@ fn an_unknown_device_is_refused_with_the_names_of_those_there_are() {
 #[test]
 fn failures_exit_with_125_and_name_the_operand() {
     golden("no-image", &["run", "/no/such/image"]);
+    golden("no-trace", &["run", "--trace-file", "/no/such/directory/t.json", "/no/such/image"]);
+    golden("no-snapshot", &["restore", "before"]);
+    golden("no-template", &["template", "inspect", "0123abc"]);
     golden("terminal-without-one", &["run", "-t", "/no/such/image"]);
+}
+
+#[test]
+fn the_version_is_said_to_people_and_programs() {
+    let version = env!("CARGO_PKG_VERSION");
+    let output = mvm(&["version", "--format", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), report["version"].as_str()), (Some(0), Some(version)));
+    assert!(report["agent_protocol"].as_str().unwrap().contains('.'), "{report}");
+    let text = String::from_utf8(mvm(&["version"]).stdout).unwrap();
+    assert!(text.starts_with(&format!("mvm {version}\n")), "{text}");
 }
 
 #[test]

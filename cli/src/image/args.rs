@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::args::Format;
+use crate::args::{Format, Keys};
 
 /// Lists, fetches, takes in and removes images.
 #[derive(Debug, Args)]
@@ -17,7 +17,7 @@ pub(crate) struct Images {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Image {
     /// List images
-    Ls(Ls),
+    Ls(Keys),
     /// Fetch images from registries
     Pull(Pull),
     /// Take in an archive, an OCI layout or a root directory under a name
@@ -26,16 +26,6 @@ pub(crate) enum Image {
     Rm(Rm),
     /// Remove what is not needed: images without a name, layers of snapshots that are gone
     Prune(Prune),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Ls {
-    /// Print keys only
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-    /// How to print the list
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]
@@ -98,7 +88,7 @@ pub(crate) struct Prune {
 }
 
 /// A number of bytes: `500M`, `20G`, `0`.
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size: a number with K, M, G or T");
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at_checked(digits).ok_or_else(wrong)?;

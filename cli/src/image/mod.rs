@@ -13,8 +13,8 @@ use mvm_runtime::image::{Cached, Error, Keep, Pruned, Rootfs, Source, Store, ful
 use mvm_runtime::rootfs;
 use serde::Serialize;
 
-use self::args::{Image, Import, Ls, Prune, Pull, Rm};
-use crate::args::Format;
+use self::args::{Image, Import, Prune, Pull, Rm};
+use crate::args::{Format, Keys};
 use crate::life::{SOME_FAILED, json, print};
 use crate::run::progress::Bar;
 use crate::table::{ago, bytes, table};
@@ -71,7 +71,7 @@ fn entries(cached: &Cached) -> impl Iterator<Item = Entry> {
     })
 }
 
-fn ls(store: &Store, options: &Ls) -> Result<u8, Failure> {
+fn ls(store: &Store, options: &Keys) -> Result<u8, Failure> {
     let list = store.list().context(|| "cannot list images".to_owned())?;
     if options.quiet {
         print(&list.iter().map(|cached| format!("{}\n", cached.key)).collect::<String>())?;

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::args::Format;
+use crate::image::args::size;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Life {
@@ -172,6 +173,9 @@ pub(crate) struct Cp {
     /// PATH, or CONTAINER:PATH; a directory that is there gets the copy into it
     #[arg(value_name = "TO")]
     pub(crate) to: PathBuf,
+    /// Most that is taken from a container: 500M, 20G
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "16G")]
+    pub(crate) max_size: u64,
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 use mvm_protocol::RootStats;
 use mvm_runtime::failure::Failure;
 use mvm_runtime::owner::{Client, Reply, Request};
-use mvm_runtime::state::{Condition, Home, Record, Seen};
+use mvm_runtime::state::{Condition, Home, Record, Seen, now};
 use serde::Serialize;
 
 use super::args::{Inspect, Listing, Ps};
@@ -62,7 +62,7 @@ fn row(seen: &Seen) -> Vec<String> {
         record.id.clone(),
         record.name.clone(),
         record.image.clone(),
-        command.replace(char::is_control, "?"),
+        command,
         ago(since(record.created)),
         status(seen),
         record.ports.join(", "),
@@ -82,8 +82,7 @@ fn status(seen: &Seen) -> String {
 }
 
 fn since(at: u64) -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    now.as_secs().saturating_sub(at)
+    now().saturating_sub(at)
 }
 
 pub(super) fn inspect(home: &Home, options: &Inspect) -> Result<u8, Failure> {

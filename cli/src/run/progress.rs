@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mvm_runtime::image::{Phase, Progress};
+use mvm_runtime::timeline::{Open, Timeline, Track};
 
 use crate::say;
 
@@ -13,13 +14,7 @@ pub(crate) struct Bar(Option<ProgressBar>);
 
 impl Progress for Bar {
     fn begin(&mut self, phase: Phase, total: Option<u64>) {
-        let what = match phase {
-            Phase::Waiting => "waiting for another mvm that makes the same image".to_owned(),
-            Phase::Fetch { number, count } => format!("fetching layer {number} of {count}"),
-            Phase::Layer { number, count } => format!("layer {number} of {count}"),
-            Phase::Files => "reading files".to_owned(),
-            Phase::Finishing => "finishing the image".to_owned(),
-        };
+        let what = named(phase);
         if !std::io::stderr().is_terminal() {
             say(&format!("mvm: {what}"));
             return;
@@ -42,6 +37,44 @@ impl Progress for Bar {
         if let Some(bar) = &self.0 {
             bar.inc(done);
         }
+    }
+}
+
+/// What people call it.
+fn named(phase: Phase) -> String {
+    match phase {
+        Phase::Waiting => "waiting for another mvm that makes the same image".to_owned(),
+        Phase::Fetch { number, count } => format!("fetching layer {number} of {count}"),
+        Phase::Layer { number, count } => format!("layer {number} of {count}"),
+        Phase::Files => "reading files".to_owned(),
+        Phase::Finishing => "finishing the image".to_owned(),
+    }
+}
+
+/// Shows how far the building of an image is, and writes its phases down.
+#[derive(Debug)]
+pub(super) struct Noted<'a> {
+    bar: Bar,
+    timeline: &'a Timeline,
+    phase: Option<Open>,
+}
+
+impl<'a> Noted<'a> {
+    pub(super) fn new(timeline: &'a Timeline) -> Self {
+        Self { bar: Bar::default(), timeline, phase: None }
+    }
+}
+
+impl Progress for Noted<'_> {
+    fn begin(&mut self, phase: Phase, total: Option<u64>) {
+        // The one before ends first: they are one after the other, not one in the other.
+        self.phase = None;
+        self.phase = Some(self.timeline.begin(Track::Host, named(phase)));
+        self.bar.begin(phase, total);
+    }
+
+    fn advance(&mut self, done: u64) {
+        self.bar.advance(done);
     }
 }
 

@@ -107,7 +107,12 @@ wait "$daemon" || true
 trap - EXIT
 run rm -f /usr/local/bin/containerd-shim-mvm-v2 /usr/local/bin/mvm-vmm
 run rm -rf /usr/local/share/mvm /var/lib/mvm /etc/containerd/config.toml /etc/cni/net.d/10-pods.conflist
-left=$(pgrep -lf 'mvm-vmm|containerd-shim-mvm' || true)
+# A shim may still tell its last events, and a template that is being made ends beside all else.
+for _ in $(seq 150); do
+    left=$(pgrep -lf 'mvm-vmm|containerd-shim-mvm' || true)
+    [ -n "$left" ] || break
+    sleep 0.2
+done
 printf 'processes of mvm: %s\n' "${left:-none}"
 printf 'mounts below /run/mvm: %s\n' "$(grep -c ' /run/mvm' /proc/mounts || true)"
 [ -z "$left" ]

@@ -3,4 +3,6 @@
 pub mod bench;
 pub mod containerd;
 pub mod lab;
+pub mod programs;
 pub mod vm;
+pub mod witness;

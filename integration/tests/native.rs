@@ -1,7 +1,7 @@
 //! This host's own KVM, whatever its back end: what `mvm` says where Linux cannot run.
 
+use mvm_integration::programs::programs;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 use libtest_mimic::{Arguments, Trial};
@@ -23,14 +23,10 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-fn prefix() -> PathBuf {
-    std::env::var_os("MVM_PREFIX").map(PathBuf::from).expect("MVM_PREFIX names the programs: use `make e2e`")
-}
-
 fn run_is_refused() -> Result<(), libtest_mimic::Failed> {
     let state = tempfile::tempdir()?;
     let root = mvm_integration::vm::image();
-    let mut command = Command::new(prefix().join("bin/mvm"));
+    let mut command = Command::new(programs().join("bin/mvm"));
     command.arg("run").arg(root).args(["--name", "otter", "--", "true"]).env("MVM_STATE", state.path());
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8(output.stderr)?;
@@ -46,8 +42,8 @@ fn run_is_refused() -> Result<(), libtest_mimic::Failed> {
 }
 
 fn boot_says() -> Result<(), libtest_mimic::Failed> {
-    let mut command = Command::new(prefix().join("bin/mvm"));
-    command.args(["boot", "--kernel"]).arg(prefix().join("share/mvm/vmlinux"));
+    let mut command = Command::new(programs().join("bin/mvm"));
+    command.args(["boot", "--kernel"]).arg(programs().join("share/mvm/vmlinux"));
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8(output.stderr)?;
     assert_eq!(output.status.code(), Some(125), "{text}");

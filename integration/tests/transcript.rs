@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use mvm_integration::containerd::Installation;
 use mvm_integration::lab::{self, Options};
+use mvm_integration::programs::programs;
 
 #[test]
 fn a_bare_machine_comes_to_pods_and_back() {
     let fetched = std::env::var_os("MVM_TEST_CONTAINERD").expect("what was fetched: use `make transcript`");
     let newest = Installation::all(Path::new(&fetched)).unwrap().pop().unwrap();
-    let prefix =
-        std::env::var_os("MVM_PREFIX").map(PathBuf::from).expect("the programs: use `make transcript`");
-    let prefix = prefix.canonicalize().unwrap();
+    let prefix = programs().canonicalize().unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("containerd/transcript.sh");
     let path = std::env::join_paths(
         [newest.programs.clone(), newest.runc.clone(), "/usr/sbin".into()]

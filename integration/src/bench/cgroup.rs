@@ -4,11 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::memory::standing_still;
-
-/// Where version 2 lies, and the memory controller of version 1.
-const ROOT_V2: &str = "/sys/fs/cgroup";
-const ROOT_V1: &str = "/sys/fs/cgroup/memory";
+use mvm_runtime::cgroup;
+use mvm_runtime::usage::standing_still;
 
 /// A cgroup of its own, into which this process moves for a while. What it starts meanwhile stays.
 #[derive(Debug)]
@@ -24,11 +21,10 @@ impl Meter {
     /// # Errors
     /// The host has no memory controller, or does not let this process make a cgroup.
     pub fn new() -> io::Result<Self> {
-        let own = fs::read_to_string("/proc/self/cgroup")?;
-        let (root, home) = home(&own).ok_or_else(|| io::Error::other("no cgroup of this process"))?;
-        let dir = root.join(format!("mvm-bench-{}", std::process::id()));
+        let own = cgroup::own("memory").ok_or_else(|| io::Error::other("no cgroup of this process"))?;
+        let dir = own.root.join(format!("mvm-bench-{}", std::process::id()));
         fs::create_dir(&dir)?;
-        let meter = Self { dir, home };
+        let meter = Self { dir, home: own.group };
         meter.used_kb()?; // of a hierarchy without the controller this file is not there
         Ok(meter)
     }
@@ -91,38 +87,4 @@ fn move_to(dir: &Path) -> io::Result<()> {
 
 fn parse_kb(bytes: &str) -> io::Result<i64> {
     bytes.trim().parse().map(|bytes: i64| bytes / 1024).map_err(io::Error::other)
-}
-
-/// The hierarchy that accounts memory and this process's directory in it, from `/proc/self/cgroup`.
-fn home(own: &str) -> Option<(PathBuf, PathBuf)> {
-    let path = |wanted: &str| {
-        own.lines().find_map(|line| {
-            let mut parts = line.splitn(3, ':');
-            let controllers = parts.nth(1)?;
-            controllers
-                .split(',')
-                .any(|name| name == wanted)
-                .then(|| parts.next().unwrap_or_default().to_owned())
-        })
-    };
-    let (root, path) = match path("memory") {
-        Some(path) => (ROOT_V1, path),
-        None => (ROOT_V2, path("")?),
-    };
-    let root = PathBuf::from(root);
-    let home = root.join(path.trim_start_matches('/'));
-    Some((root, home))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hierarchy_that_accounts_memory_is_found_in_both_versions() {
-        let mixed = "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n";
-        assert_eq!(home(mixed).unwrap().1, Path::new("/sys/fs/cgroup/memory/a/b"));
-        assert_eq!(home("0::/user.slice/x\n").unwrap().1, Path::new("/sys/fs/cgroup/user.slice/x"));
-        assert_eq!(home("3:cpu:/\n"), None);
-    }
 }

@@ -1,4 +1,4 @@
-//! Figures of Linux guests: all in one run of the lab on virtual time.
+//! Figures of Linux guests: each part in one run of the lab, on virtual time unless its part says otherwise.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use mvm_runtime::guest::GuestFiles;
 use serde_json::json;
 
-use super::{ENGINE, FETCHED, Figure, Report, Wanted, beside};
+use super::{FETCHED, Figure, Report, Wanted, beside};
 use crate::containerd::Installation;
 use crate::lab::{self, Options};
 
@@ -19,15 +19,12 @@ const TIME: Duration = Duration::from_secs(900);
 /// Programs of this host that are used inside, where its files are slow to read.
 const BORROWED: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/bin/busybox"];
 
-/// Measures what is wanted of machines alone.
+/// Measures what is wanted of machines without an engine.
 ///
 /// # Errors
 /// The lab cannot run, or its answer is nonsense.
 pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
-    measure(
-        &wanted.only(ENGINE, false),
-        BORROWED.iter().map(PathBuf::from).filter(|path| path.is_file()).collect(),
-    )
+    measure(wanted, BORROWED.iter().map(PathBuf::from).filter(|path| path.is_file()).collect(), true)
 }
 
 /// Measures what is wanted under containerd: the newest that was fetched.
@@ -35,26 +32,37 @@ pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
 /// # Errors
 /// It was not fetched, the lab cannot run, or its answer is nonsense.
 pub fn engine_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
+    under_engine(wanted, true)
+}
+
+/// [`engine_figures`] by the wall clock.
+///
+/// # Errors
+/// As there.
+pub fn pod_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
+    under_engine(wanted, false)
+}
+
+fn under_engine(wanted: &Wanted, deterministic: bool) -> io::Result<Vec<Figure>> {
     let fetched = std::env::var_os(FETCHED)
         .ok_or_else(|| io::Error::other(format!("{FETCHED} names no containerd: use `make bench`")))?;
     let newest = Installation::all(fetched.as_ref())?.pop().ok_or(io::ErrorKind::NotFound)?;
-    measure(
-        &wanted.only(ENGINE, true),
-        vec!["/bin/busybox".into(), newest.programs, newest.runc, newest.plugins],
-    )
+    measure(wanted, vec!["/bin/busybox".into(), newest.programs, newest.runc, newest.plugins], deterministic)
 }
 
-fn measure(wanted: &Wanted, mut copy: Vec<PathBuf>) -> io::Result<Vec<Figure>> {
+fn measure(wanted: &Wanted, mut copy: Vec<PathBuf>, deterministic: bool) -> io::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let bench = lay_out(dir.path())?;
     copy.push(dir.path().to_path_buf());
     let options = Options {
-        deterministic: true,
+        deterministic,
         timeout: TIME,
         copy,
         env: vec![
             ("MVM_PREFIX".into(), dir.path().into()),
             ("MVM_VMM".into(), dir.path().join("bin/mvm-vmm").into()),
+            // Who measures templates says so.
+            ("MVM_TEMPLATE".into(), "never".into()),
         ],
         ..Options::default()
     };

@@ -4,7 +4,6 @@ pub mod cgroup;
 pub mod emulated;
 pub mod exchange;
 pub mod inside;
-pub mod memory;
 pub mod native;
 pub mod report;
 pub mod stats;
@@ -18,33 +17,61 @@ use std::time::Duration;
 
 pub use report::{Figure, Report};
 
+/// What is measured in a run of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Flat guests, on this machine's KVM.
+    Native,
+    /// Linux guests, in the lab.
+    Machines,
+    /// Those that go on from templates and snapshots, in the lab.
+    Clones,
+    /// Those of containerd, in the lab.
+    Engine,
+    /// Those of many pods at once, in the lab but by the wall clock: on virtual time the emulated host hung in every
+    /// other try.
+    Pods,
+}
+
 /// Every figure's stable name, in the order of the report.
-pub const IDS: &[&str] = &[
-    "native.start_over_floor",
-    "native.start_over_qemu",
-    "native.memory_per_vm_kb",
-    "native.memory_charged_per_vm_kb",
-    "native.starts_per_s",
-    "native.teardown_ms",
-    "lab.agent_ready_ms",
-    "lab.blk_read_4k_us",
-    "lab.blk_read_4k_over_qemu",
-    "lab.blk_read_1m_mbs",
-    "lab.blk_read_1m_over_qemu",
-    "lab.net_rtt_us",
-    "lab.net_stream_mbs",
-    "lab.vsock_rtt_us",
-    "lab.vsock_stream_mbs",
-    "lab.vm_memory_mb",
-    "lab.ctr_run_over_runc_cold",
-    "lab.exec_over_runc",
-    "shim.private_kb",
-    "lab.ten_pods_p99_over_p50",
+pub const FIGURES: &[(&str, Part)] = &[
+    ("native.start_over_floor", Part::Native),
+    ("native.start_over_qemu", Part::Native),
+    ("native.memory_per_vm_kb", Part::Native),
+    ("native.memory_charged_per_vm_kb", Part::Native),
+    ("native.starts_per_s", Part::Native),
+    ("native.teardown_ms", Part::Native),
+    ("native.herd_count", Part::Native),
+    ("native.herd_start_p50_last_over_first", Part::Native),
+    ("native.herd_idle_cpu_percent_per_1000", Part::Native),
+    ("lab.agent_ready_ms", Part::Machines),
+    ("lab.blk_read_4k_us", Part::Machines),
+    ("lab.blk_read_4k_over_qemu", Part::Machines),
+    ("lab.blk_read_1m_mbs", Part::Machines),
+    ("lab.blk_read_1m_over_qemu", Part::Machines),
+    ("lab.net_rtt_us", Part::Machines),
+    ("lab.net_stream_mbs", Part::Machines),
+    ("lab.vsock_rtt_us", Part::Machines),
+    ("lab.vsock_stream_mbs", Part::Machines),
+    ("lab.vm_memory_mb", Part::Machines),
+    ("lab.clone_over_floor_ms", Part::Clones),
+    ("lab.clone_over_cold", Part::Clones),
+    ("lab.exec_rtt_ms", Part::Clones),
+    ("lab.container_memory_mb_clone_50", Part::Clones),
+    ("lab.container_memory_mb_cold_50", Part::Clones),
+    ("lab.restore_over_clone_ms", Part::Clones),
+    ("lab.freed_returned_percent", Part::Clones),
+    ("lab.ctr_run_over_runc_cold", Part::Engine),
+    ("lab.ctr_run_over_runc_clone", Part::Engine),
+    ("lab.exec_over_runc", Part::Engine),
+    ("shim.private_kb", Part::Engine),
+    ("lab.ten_pods_p99_over_p50", Part::Pods),
 ];
 
-/// Those that are measured under containerd, in a run of their own.
-pub const ENGINE: &[&str] =
-    &["lab.ctr_run_over_runc_cold", "lab.exec_over_runc", "shim.private_kb", "lab.ten_pods_p99_over_p50"];
+/// The names alone.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    FIGURES.iter().map(|(name, _)| *name)
+}
 
 /// Names what `integration/containerd/fetch.sh` left.
 pub const FETCHED: &str = "MVM_TEST_CONTAINERD";
@@ -61,9 +88,12 @@ impl Wanted {
     pub fn parse(list: Option<&str>) -> Result<Self, String> {
         let Some(list) = list else { return Ok(Self(None)) };
         let names: Vec<_> = list.split(',').map(str::to_owned).collect();
-        match names.iter().find(|name| !IDS.contains(&name.as_str())) {
+        match names.iter().find(|name| !self::names().any(|there| there == *name)) {
             None => Ok(Self(Some(names))),
-            Some(name) => Err(format!("{name} is no figure; there are: {}", IDS.join(" "))),
+            Some(name) => {
+                let there: Vec<_> = self::names().collect();
+                Err(format!("{name} is no figure; there are: {}", there.join(" ")))
+            }
         }
     }
 
@@ -72,21 +102,21 @@ impl Wanted {
         self.0.as_ref().is_none_or(|names| names.iter().any(|name| name == id))
     }
 
-    /// Those of the wanted figures that are, or are not, in `list`.
+    /// Those of the wanted figures that are of `part`.
     #[must_use]
-    pub fn only(&self, list: &[&str], inside: bool) -> Self {
-        let some = IDS.iter().filter(|id| self.has(id) && list.contains(id) == inside);
-        Self(Some(some.map(|id| (*id).to_owned()).collect()))
+    pub fn of(&self, part: Part) -> Self {
+        let some = FIGURES.iter().filter(|(name, of)| *of == part && self.has(name));
+        Self(Some(some.map(|(name, _)| (*name).to_owned()).collect()))
     }
 
     /// The wanted figures, separated by commas.
     pub fn list(&self) -> String {
-        IDS.iter().filter(|id| self.has(id)).copied().collect::<Vec<_>>().join(",")
+        names().filter(|name| self.has(name)).collect::<Vec<_>>().join(",")
     }
 
     /// Whether any figure whose name begins with `prefix` is wanted.
     pub fn any(&self, prefix: &str) -> bool {
-        IDS.iter().any(|id| id.starts_with(prefix) && self.has(id))
+        names().any(|name| name.starts_with(prefix) && self.has(name))
     }
 }
 
@@ -136,8 +166,19 @@ mod tests {
         let some = Wanted::parse(Some("lab.net_rtt_us,native.teardown_ms")).unwrap();
         assert!(some.has("lab.net_rtt_us") && !some.has("lab.vm_memory_mb"));
         assert!(some.any("native.") && !some.any("lab.blk"));
-        let engine = Wanted::default().only(ENGINE, true);
-        assert_eq!(engine.list(), ENGINE.join(","));
-        assert!(!Wanted::default().only(ENGINE, false).has("shim.private_kb"));
+        assert_eq!(some.of(Part::Machines).list(), "lab.net_rtt_us");
+        assert!(some.of(Part::Engine).list().is_empty());
+        let all = Wanted::default();
+        assert_eq!(all.of(Part::Engine).list().split(',').count(), 4);
+        assert!(
+            all.of(Part::Engine).has("shim.private_kb") && !all.of(Part::Machines).has("shim.private_kb")
+        );
+    }
+
+    #[test]
+    fn every_figure_is_native_s_or_the_lab_s_by_its_name() {
+        for (name, part) in FIGURES.iter().filter(|(name, _)| !name.starts_with("shim.")) {
+            assert_eq!(name.starts_with("native."), *part == Part::Native, "{name}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mvm_integration::bench::{ENGINE, Figure, IDS, Report, Wanted, emulated, inside, native};
+use mvm_integration::bench::{Figure, Part, Report, Wanted, emulated, inside, names, native};
 
 /// Measure, print a table, and write everything to a file.
 #[derive(Debug, Parser)]
@@ -54,13 +54,13 @@ fn main() -> ExitCode {
             }
         }
     };
-    let machines = wanted.only(ENGINE, false);
-    let (native, lab): (Vec<_>, Vec<_>) = IDS.iter().copied().partition(|id| id.starts_with("native."));
-    part("native.", &machines.only(&native, true), native::figures);
-    part("lab.", &machines.only(&lab, true), emulated::figures);
-    part("containerd: lab.", &wanted.only(ENGINE, true), emulated::engine_figures);
+    part("native.", &wanted.of(Part::Native), native::figures);
+    part("lab.", &wanted.of(Part::Machines), emulated::figures);
+    part("templates and snapshots: lab.", &wanted.of(Part::Clones), emulated::figures);
+    part("containerd: lab.", &wanted.of(Part::Engine), emulated::engine_figures);
+    part("pods at once: lab.", &wanted.of(Part::Pods), emulated::pod_figures);
     let missing: Vec<_> =
-        IDS.iter().filter(|id| wanted.has(id) && report.0.iter().all(|figure| figure.id != **id)).collect();
+        names().filter(|id| wanted.has(id) && report.0.iter().all(|figure| figure.id != *id)).collect();
     if !missing.is_empty() {
         say(&format!("not measured: {missing:?}"));
         complete = false;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use mvm_integration::lab;
+use mvm_integration::programs::demo_image;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -30,10 +31,7 @@ fn run() -> Result<u8, Failure> {
     let scratch = tempfile::tempdir()?;
     let image = scratch.path().join("image");
     say("making an OCI image of busybox")?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/demo-image/build.sh");
-    if !Command::new(script).arg(&image).stdout(std::process::Stdio::null()).status()?.success() {
-        return Err("cannot make the image".into());
-    }
+    demo_image(&image)?;
     let mut container: Vec<OsString> = vec![prefix.join("bin/mvm").into(), "run".into(), "--stats".into()];
     container.extend([format!("{}:busybox", image.display()).into(), "--".into()]);
     container.extend(["sh", "-c", SCRIPT].map(OsString::from));

@@ -1,12 +1,14 @@
-//! `guest_tool`: what the tests run inside a guest and busybox cannot: vsock, both ways.
+//! `guest_tool`: what the tests run inside a guest and busybox cannot: vsock, both ways, and the clock.
 //!
 //! `guest_tool dial PORT` connects to the host, sends its standard input and prints the answer.
 //! `guest_tool echo PORT` says `listening`, takes one connection and sends back what comes.
+//! `guest_tool clock` answers each line with the wall clock, in nanoseconds since the Unix epoch.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, VsockAddr, accept, bind, connect, listen, shutdown,
@@ -30,13 +32,25 @@ fn main() -> ExitCode {
 fn run() -> io::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let (verb, port) = (arguments.next(), arguments.next());
+    if verb.as_deref() == Some("clock") {
+        return clock();
+    }
     let port = port.and_then(|port| port.parse().ok()).ok_or_else(|| io::Error::other("no port"))?;
     let stream = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     match verb.as_deref() {
         Some("dial") => dial(stream, port),
         Some("echo") => echo(&stream, port),
-        _ => Err(io::Error::other("dial or echo, and a port")),
+        _ => Err(io::Error::other("clock, or dial or echo and a port")),
     }
+}
+
+fn clock() -> io::Result<()> {
+    for line in io::stdin().lines() {
+        line?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        writeln!(io::stdout(), "{}", now.as_nanos())?;
+    }
+    Ok(())
 }
 
 fn dial(stream: OwnedFd, port: u32) -> io::Result<()> {

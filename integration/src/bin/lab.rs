@@ -18,7 +18,7 @@ struct Arguments {
     #[arg(long)]
     deterministic: bool,
     /// Emulated CPUs
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N")]
     cpus: u8,
     /// Memory of the emulated host in MiB
     #[arg(long, default_value_t = 4096, value_name = "MIB")]

@@ -5,7 +5,8 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,6 +18,10 @@ use super::{AS_USER, BUSYBOX, Ctr, Events, Installation, LAYERED, LAYERS, PAUSE}
 
 /// Bound of the daemon's start; an emulated host needs two seconds.
 const START: Duration = Duration::from_secs(60);
+/// Bound of its end: it has been seen to hang.
+const END: Duration = Duration::from_secs(120);
+/// Between looks at whether it has ended.
+const INTERVAL: Duration = Duration::from_millis(20);
 /// The bridge of the network that `--cni` and pods get.
 pub const BRIDGE: &str = "mvmtest0";
 /// Its addresses; the host has the first.
@@ -81,22 +86,27 @@ impl Daemon {
     }
 
     /// Ends it by `signal` and starts it again on what it left.
+    ///
+    /// # Panics
+    /// It had to be killed; another one runs then all the same.
     pub fn restart(&self, signal: Signal) {
         *self.events.lock().expect("no panic") = None;
         let mut child = self.child.lock().expect("no panic");
-        end(&mut child, signal);
+        let went = end(&mut child, signal);
         *child = spawn(&self.installation, &self.dir);
         drop(child);
         self.follow();
+        assert!(went, "containerd hung: it did not end by {signal}");
     }
 
     /// Ends it.
     ///
     /// # Panics
-    /// Another thread did.
+    /// It had to be killed, or another thread panicked.
     pub fn stop(&self) {
         *self.events.lock().expect("no panic") = None;
-        end(&mut self.child.lock().expect("no panic"), Signal::SIGTERM);
+        let went = end(&mut self.child.lock().expect("no panic"), Signal::SIGTERM);
+        assert!(went || thread::panicking(), "containerd hung: it did not end by SIGTERM");
     }
 
     /// What it has published since its start.
@@ -155,11 +165,25 @@ fn spawn(installation: &Installation, dir: &Path) -> Child {
     child
 }
 
-fn end(child: &mut Child, signal: Signal) {
+/// Ends the program, by force if it does not go; whether it went when it was asked to.
+fn end(child: &mut Child, signal: Signal) -> bool {
     let pid = Pid::from_raw(child.id().try_into().expect("a process id"));
-    // It may have ended by itself.
-    let _ = kill(pid, signal);
-    let _ = child.wait();
+    let deadline = Instant::now() + END;
+    let mut asked = false;
+    // It may have ended by itself, or before.
+    while matches!(child.try_wait(), Ok(None)) {
+        if !asked {
+            let _ = kill(pid, signal);
+            asked = true;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            return false;
+        }
+        thread::sleep(INTERVAL);
+    }
+    true
 }
 
 /// The suites' images, as one archive.

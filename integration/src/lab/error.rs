@@ -24,6 +24,16 @@ pub enum Error {
         /// apt's last word.
         reason: String,
     },
+    /// No emulator could be had.
+    #[error(
+        "no QEMU {oldest} or newer, which the emulated host needs: {reason}; set MVM_LAB_QEMU to one to use that"
+    )]
+    NoEmulator {
+        /// Oldest version that will do.
+        oldest: u32,
+        /// What kept a newer one from being downloaded.
+        reason: String,
+    },
     /// A program needed to make the image failed.
     #[error("{program} {operand}: {status}: {stderr}")]
     Program {

@@ -1,6 +1,5 @@
 //! The emulated host's image: a kernel and an initramfs, made once and cached by the content of what they are made of.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,12 +8,12 @@ use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
 use super::Error;
+use super::emulator::Emulator;
 use super::kernel::{Kernel, create, find_programs, remove, run, which};
 use super::modules;
 
 const INIT: &str = include_str!("../../lab/init");
 const MAIN: &str = include_str!("../../lab/main");
-const STILL: &str = include_str!("../../lab/still.c");
 /// What makes the image is one of its inputs.
 const BUILDER: &str = include_str!("initramfs.rs");
 const MODULES: &str = include_str!("modules.rs");
@@ -32,6 +31,8 @@ pub struct Image {
     pub initramfs: PathBuf,
     /// The kernel's `uname -r`.
     pub release: String,
+    /// What boots it.
+    pub emulator: Emulator,
 }
 
 impl Image {
@@ -46,10 +47,11 @@ impl Image {
         let cache = cache_directory().join("lab");
         create(&cache)?;
         let _lock = lock(&cache.join("lock"))?;
+        let emulator = Emulator::prepare(&cache)?;
         let kernel = Kernel::prepare(&cache)?;
         let busybox = which("busybox").unwrap_or_default();
         let busybox = fs::read(&busybox).map_err(Error::file("read", &busybox))?;
-        let key = key(&[INIT, MAIN, STILL, BUILDER, MODULES, &kernel.tree.to_string_lossy()], &busybox);
+        let key = key(&[INIT, MAIN, BUILDER, MODULES, &kernel.tree.to_string_lossy()], &busybox);
         let initramfs = cache.join(format!("initramfs-{key}"));
         if !initramfs.is_file() {
             prune(&cache)?;
@@ -58,7 +60,7 @@ impl Image {
             fs::write(&partial, archive).map_err(Error::file("write", &partial))?;
             fs::rename(&partial, &initramfs).map_err(Error::file("rename", &partial))?;
         }
-        Ok(Self { kernel: kernel.vmlinux, initramfs, release: kernel.release })
+        Ok(Self { kernel: kernel.vmlinux, initramfs, release: kernel.release, emulator })
     }
 }
 
@@ -108,7 +110,6 @@ fn build(kernel: &Kernel, busybox: &[u8], cache: &Path) -> Result<Vec<u8>, Error
     archive.entry("bin/busybox", 0o100_755, busybox);
     archive.entry("init", 0o100_755, INIT.as_bytes());
     archive.entry("main", 0o100_644, MAIN.as_bytes());
-    archive.entry("still", 0o100_755, &still(cache)?);
     let modules = modules::load(kernel)?;
     let order: String =
         modules.iter().filter(|module| module.at_boot).map(|module| format!("{}\n", module.file)).collect();
@@ -120,20 +121,6 @@ fn build(kernel: &Kernel, busybox: &[u8], cache: &Path) -> Result<Vec<u8>, Error
         archive.entry(&format!("m/{name}"), 0o100_644, &bytes);
     }
     Ok(archive.finish())
-}
-
-/// The program that keeps KVM's code as it is.
-fn still(cache: &Path) -> Result<Vec<u8>, Error> {
-    let staging = cache.join("still.partial");
-    remove(&staging)?;
-    create(&staging)?;
-    let (source, program) = (staging.join("still.c"), staging.join("still"));
-    fs::write(&source, STILL).map_err(Error::file("write", &source))?;
-    let flags = ["-static", "-Os", "-s", "-o"].map(OsStr::new);
-    run("gcc", flags.into_iter().chain([program.as_os_str(), source.as_os_str()]), &staging)?;
-    let bytes = fs::read(&program).map_err(Error::file("read", &program))?;
-    remove(&staging)?;
-    Ok(bytes)
 }
 
 /// modprobe's index of just these modules.

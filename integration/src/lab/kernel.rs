@@ -12,14 +12,13 @@ const META_PACKAGES: [&str; 2] = ["linux-image-6.12-amd64", "linux-image-amd64"]
 /// A linux-image .deb to use instead of a download.
 const PACKAGE_VARIABLE: &str = "MVM_LAB_KERNEL";
 /// What takes the package apart and makes the image.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 6] = [
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
     ("busybox", "busybox-static"),
-    ("gcc", "gcc"),
 ];
 
 /// An unpacked kernel package.

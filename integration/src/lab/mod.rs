@@ -1,6 +1,7 @@
 //! The lab: QEMU (TCG) emulates a host with AMD-V, where unmodified Linux guests run on real KVM semantics whatever
 //! machine this is. [`run`] executes one command inside; the outer host's files are there at their own paths.
 
+mod emulator;
 mod error;
 mod host;
 mod initramfs;
@@ -17,6 +18,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use emulator::Emulator;
 pub use error::Error;
 pub use host::{Verdict, host_runs_linux};
 pub use initramfs::Image;
@@ -33,7 +35,7 @@ pub const MAX_RERUNS: u32 = 3;
 pub struct Options {
     /// One emulated CPU on virtual time: one instruction is one nanosecond, repeatable under any load.
     pub deterministic: bool,
-    /// Emulated CPUs; deterministic runs always have one.
+    /// Emulated CPUs; deterministic runs always have one. With more than one, guests now and then die of the emulation.
     pub cpus: u8,
     /// Memory of the emulated host in MiB, taken from this host as it is touched.
     pub memory_mib: u32,
@@ -59,7 +61,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             deterministic: false,
-            cpus: 2,
+            cpus: 1,
             memory_mib: 4096,
             timeout: Duration::from_secs(300),
             copy: Vec::new(),
@@ -109,7 +111,7 @@ pub fn inside() -> bool {
 ///
 /// [`Error::Missing`] with the program and its Debian package.
 pub fn available() -> Result<(), Error> {
-    qemu::find()?;
+    emulator::installed()?;
     kernel::find_programs()
 }
 

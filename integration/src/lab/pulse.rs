@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use mvm_runtime::usage::processor_time;
+
 /// Processor time in which a living host beats several times over: a virtual second was measured at 5 to 6 s of it.
 const BUSY: Duration = Duration::from_secs(25);
 /// Wall time without a beat after which a QEMU that hardly ran counts as hung: an idle host's clock follows ours.
@@ -34,7 +36,7 @@ impl Pulse {
 
     /// The host has hung; to be asked every few seconds.
     pub(super) fn stopped(&mut self) -> bool {
-        processor_time(self.process).is_some_and(|used| self.verdict(Instant::now(), used))
+        processor_time(self.process).is_ok_and(|used| self.verdict(Instant::now(), used))
     }
 
     fn verdict(&mut self, now: Instant, used: Duration) -> bool {
@@ -45,19 +47,6 @@ impl Pulse {
         }
         now.saturating_duration_since(since) >= IDLE
     }
-}
-
-/// User and system time of all threads of `process`.
-fn processor_time(process: u32) -> Option<Duration> {
-    parse(&std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?)
-}
-
-/// Fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms on every Linux; the name before them may hold anything.
-fn parse(stat: &str) -> Option<Duration> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut ticks = fields.split_whitespace().skip(11).map(str::parse::<u64>);
-    let (user, system) = (ticks.next()?.ok()?, ticks.next()?.ok()?);
-    Some(Duration::from_millis(user.saturating_add(system).saturating_mul(10)))
 }
 
 #[cfg(test)]
@@ -92,18 +81,5 @@ mod tests {
         let mut pulse = Pulse::new(0);
         assert_eq!(stops_after(&mut pulse, 1000, 20), None);
         assert_eq!(stops_after(&mut pulse, 0, 100), Some(30));
-    }
-
-    #[test]
-    fn the_processor_time_is_read_past_any_name() {
-        let stat = "42 (a ) b) S 1 2 3 4 5 6 7 8 9 10 150 25 0 0 20";
-        assert_eq!(parse(stat), Some(Duration::from_millis(1750)));
-        assert_eq!(parse("42 (x) S 1"), None);
-    }
-
-    #[test]
-    fn this_process_has_a_processor_time() {
-        assert!(processor_time(std::process::id()).is_some());
-        assert!(processor_time(u32::MAX).is_none());
     }
 }

@@ -1,11 +1,11 @@
 //! What a test is given: a daemon, a runtime, containers that do not outlive it.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use libtest_mimic::Failed;
 use mvm_integration::containerd::leaks::Picture;
 use mvm_integration::containerd::{BUSYBOX, Ctr, Daemon, Event, Output, Runtime};
+use mvm_integration::witness::watched;
 use nix::unistd::Pid;
 
 /// A test and its name.
@@ -29,10 +29,10 @@ impl Context {
         Self { daemon, runtime, ctr: daemon.ctr("default") }
     }
 
-    /// Runs a test, cleans up, and compares the host with what it was.
-    pub(crate) fn run(&self, test: fn(&Self)) -> Result<(), Failed> {
+    /// Runs the test of this name, cleans up, and compares the host with what it was.
+    pub(crate) fn run(&self, name: &str, test: fn(&Self)) -> Result<(), Failed> {
         let before = Picture::take(&self.daemon.dir);
-        let result = catch_unwind(AssertUnwindSafe(|| test(self)));
+        let result = watched(name, || test(self));
         let mut left = self.containers();
         left.iter().for_each(|id| self.remove(id));
         left.extend(crate::pods::sweep(self));
@@ -75,10 +75,15 @@ impl Context {
 
     /// A container in the background whose output goes where the flags say.
     pub(crate) fn start_with(&self, flags: &[&str], script: &str) -> Task<'_> {
-        let task = Task { id: self.id(), context: self };
+        let task = self.task(self.id());
         let head = ["run", "-d", "--runtime", self.runtime.id()];
         self.ctr.must(&[&head, flags, &[BUSYBOX, &task.id, "sh", "-c", script]].concat());
         task
+    }
+
+    /// A container that runs already.
+    pub(crate) fn task(&self, id: String) -> Task<'_> {
+        Task { id, context: self }
     }
 
     fn containers(&self) -> Vec<String> {

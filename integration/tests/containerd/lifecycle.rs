@@ -54,8 +54,9 @@ fn pause(context: &Context) {
     task.event("/tasks/paused");
     assert_eq!(task.status(), "PAUSED");
     let length = || std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
+    // Another container's whole life is time enough: first for what was written before to arrive, then to write.
+    context.sh(&[], "true");
     let before = length();
-    // Another container's whole life is time enough to write.
     context.sh(&[], "sleep 1");
     assert_eq!(length(), before, "it ran on");
     context.ctr.must(&["task", "resume", &task.id]);
@@ -67,7 +68,8 @@ fn pause(context: &Context) {
 }
 
 fn metrics(context: &Context) {
-    let task = context.start(&[], "sleep 1000 & exec sleep 1001");
+    let task = context.start(&[], "sleep 1000 & echo > /ready; exec sleep 1001");
+    task.sh("while ! test -e /ready; do sleep 0.1; done");
     let text = context.ctr.must(&["task", "metrics", "--format", "json", &task.id]);
     let figures: Value = serde_json::from_str(&text).expect("JSON");
     let at_least = |path: &str, least: u64| {
@@ -82,9 +84,11 @@ fn metrics(context: &Context) {
 }
 
 fn events(context: &Context) {
-    let task = context.start(&[], "while ! test -e /end; do sleep 0.1; done; exit 2");
+    // Not ended by a process beside it, which would be killed with it if it were still there.
+    let task = context.start(&[], "trap 'exit 2' USR1; echo > /ready; while :; do sleep 0.1; done");
+    task.sh("while ! test -e /ready; do sleep 0.1; done");
     task.sh("exit 0");
-    task.sh("echo > /end");
+    task.kill("SIGUSR1");
     task.ended();
     let id = task.id.clone();
     assert_eq!(task.delete(), 2);

@@ -1,29 +1,37 @@
 //! containerd end to end: the same suites with runc, which judges them, and with mvm, on every generation at hand.
 //!
 //! Each generation is one run of this program in the lab (or right here, where KVM runs Linux), in name spaces of
-//! its own. After every test the host is compared with what it was: what a container leaves behind fails the test.
+//! its own. After every test the host is compared with what it was: what a container leaves behind fails the test. On the
+//! newest generation machines go on from templates, on the others they boot.
 
+mod checkpoints;
 mod confinement;
 mod context;
 mod faults;
 mod flat;
 mod lifecycle;
+mod lines;
 mod network;
 mod pods;
 mod stdio;
 
 use std::ffi::OsString;
-use std::io::{Write, stderr, stdout};
+use std::io::{self, Write, stderr, stdout};
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use libtest_mimic::{Arguments, Trial};
 use mvm_integration::containerd::{Daemon, Installation, Runtime, surroundings};
 use mvm_integration::lab;
+use mvm_integration::programs::programs;
+use mvm_runtime::template::{Choice, VARIABLE};
 
 use context::{Context, Test};
+use lines::Lines;
 
 /// What the script left.
 const FETCHED: &str = "MVM_TEST_CONTAINERD";
@@ -59,40 +67,66 @@ fn main() -> ExitCode {
 fn everywhere() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let all = installations()?;
     let wanted = variable(GENERATIONS);
-    let wanted =
-        |generation: &str| wanted.as_ref().is_none_or(|list| list.split(' ').any(|name| name == generation));
-    let newest = all.last().map(|installation| installation.generation.clone()).unwrap_or_default();
-    let mut table = Vec::new();
-    for installation in all.iter().filter(|installation| wanted(&installation.generation)) {
-        let whole = variable(WHOLE).is_some() || installation.generation == newest;
-        say(&format!("containerd {}", installation.version()));
-        if !whole {
-            say(&format!(
-                "{} run on containerd {newest} only: {WHOLE}=1 has them here too",
-                names(INDEPENDENT)
-            ));
+    let named: Vec<_> = wanted.as_deref().map(|list| list.split(' ').collect()).unwrap_or_default();
+    let there = |name: &str| all.iter().any(|installation| installation.generation == name);
+    if let Some(missing) = named.iter().find(|name| !there(name)) {
+        return Err(format!("containerd {missing} is wanted and was not fetched").into());
+    }
+    let wanted = |generation: &str| named.is_empty() || named.contains(&generation);
+    let newest = all.last().map(|installation| installation.generation.as_str()).unwrap_or_default();
+    // Newest first: its run is the longest.
+    let wanted: Vec<_> = all.iter().rev().filter(|installation| wanted(&installation.generation)).collect();
+    // An emulated host has one CPU. Right here, they would be in each other's way.
+    let at_once = if here_is_enough() { 1 } else { available_parallelism().map_or(1, NonZero::get) };
+    let mut passed = !wanted.is_empty();
+    for some in wanted.chunks(at_once) {
+        let ends: Vec<_> = std::thread::scope(|scope| {
+            let run = |installation| scope.spawn(move || generation(installation, newest));
+            let runs: Vec<_> = some.iter().copied().map(run).collect();
+            runs.into_iter().map(|run| run.join().expect("a run's thread does not panic")).collect()
+        });
+        for (installation, status) in some.iter().zip(ends) {
+            let status = status?;
+            passed &= status == 0;
+            let end = if status == 0 { "passed" } else { "FAILED" };
+            say(&format!("containerd {}: {end}", installation.version()));
         }
-        let status = child(installation, whole)?;
-        table.push((installation.version(), status));
     }
-    for (version, status) in &table {
-        say(&format!("containerd {version}: {}", if *status == 0 { "passed" } else { "FAILED" }));
-    }
-    let passed = !table.is_empty() && table.iter().all(|(_, status)| *status == 0);
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// The run of one generation.
+fn generation(installation: &Installation, newest: &str) -> io::Result<u8> {
+    let is_newest = installation.generation == newest;
+    let whole = variable(WHOLE).is_some() || is_newest;
+    say(&format!("containerd {}", installation.version()));
+    if !whole {
+        say(&format!("{} run on containerd {newest} only: {WHOLE}=1 has them here too", names(INDEPENDENT)));
+    }
+    // Nothing is left to chance: one that is made beside what is tested is used by some tests only.
+    let templates = if is_newest { Choice::Always } else { Choice::Never };
+    child(installation, whole, templates)
+}
+
+/// Whether the runs need no lab.
+fn here_is_enough() -> bool {
+    variable(HERE).is_some() || lab::host_runs_linux().runs_linux()
+}
+
 /// Runs this very program for one generation, in the lab unless Linux guests run here.
-fn child(installation: &Installation, whole: bool) -> Result<u8, Box<dyn std::error::Error>> {
+fn child(installation: &Installation, whole: bool, templates: Choice) -> io::Result<u8> {
     let myself = std::env::current_exe()?;
     let env: Vec<(OsString, OsString)> = vec![
         (GENERATION.into(), installation.generation.clone().into()),
         (WHOLE.into(), if whole { "1" } else { "" }.into()),
+        (VARIABLE.into(), templates.to_string().into()),
         ("MVM_PREFIX".into(), programs().into()),
+        // A failure's place and words say more than the way there, and a log is kept only so far.
+        ("RUST_BACKTRACE".into(), "0".into()),
     ];
     let argv: Vec<_> =
         std::iter::once(myself.clone().into_os_string()).chain(std::env::args_os().skip(1)).collect();
-    if variable(HERE).is_some() || lab::host_runs_linux().runs_linux() {
+    if here_is_enough() {
         // Processes of their own as well, with a first one that reaps; all end with it.
         let mut command = std::process::Command::new("unshare");
         command.args([
@@ -111,7 +145,10 @@ fn child(installation: &Installation, whole: bool) -> Result<u8, Box<dyn std::er
     let copy = [&installation.programs, &installation.runc, &installation.plugins].map(PathBuf::from);
     let copy = copy.into_iter().chain([myself, programs()]).collect();
     let options = lab::Options { timeout: LAB_TIME, memory_mib: 8192, copy, env, ..Default::default() };
-    Ok(lab::run(&options, &argv, &mut stdout(), &mut stderr())?.status)
+    let name = format!("{}: ", installation.generation);
+    let mut out = Lines::new(&name, stdout());
+    let mut err = Lines::new(&name, stderr());
+    Ok(lab::run(&options, &argv, &mut out, &mut err).map_err(io::Error::other)?.status)
 }
 
 /// Runs the suites on one generation, right here.
@@ -148,6 +185,9 @@ const DEPENDENT: &[(&str, &[Test])] = &[
 const INDEPENDENT: &[(&str, &[Test])] =
     &[("confinement", confinement::TESTS), ("network", network::TESTS), ("rows", flat::TESTS)];
 
+/// Those for our runtime alone.
+const OURS: &[(&str, &[Test])] = &[("faults", faults::OURS), ("checkpoints", checkpoints::OURS)];
+
 fn names(suites: &[(&str, &[Test])]) -> String {
     suites.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
@@ -163,11 +203,12 @@ fn trials(daemon: Option<&'static Daemon>) -> Vec<Trial> {
     }
     let mut trials = Vec::new();
     for runtime in Runtime::ALL.into_iter().filter(wanted) {
-        let ours = (runtime == Runtime::Mvm).then_some(("faults", faults::OURS));
-        for (suite, tests) in suites.iter().copied().chain(ours) {
+        let ours: &[_] = if runtime == Runtime::Mvm { OURS } else { &[] };
+        for &(suite, tests) in suites.iter().chain(ours) {
             trials.extend(tests.iter().map(|&(name, test)| {
-                Trial::test(format!("{}::{suite}::{name}", runtime.name()), move || {
-                    Context::new(daemon.ok_or("only listed")?, runtime).run(test)
+                let name = format!("{}::{suite}::{name}", runtime.name());
+                Trial::test(name.clone(), move || {
+                    Context::new(daemon.ok_or("only listed")?, runtime).run(&name, test)
                 })
             }));
         }
@@ -179,13 +220,6 @@ fn installations() -> std::io::Result<Vec<Installation>> {
     let dir = variable(FETCHED)
         .unwrap_or_else(|| panic!("{FETCHED} names what was fetched: use `make containerd`"));
     Installation::all(dir.as_ref())
-}
-
-/// Where the programs under test are laid out as installed.
-fn programs() -> PathBuf {
-    std::env::var_os("MVM_PREFIX")
-        .map(PathBuf::from)
-        .expect("MVM_PREFIX names the programs: use `make containerd`")
 }
 
 fn variable(name: &str) -> Option<String> {

@@ -17,6 +17,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_network_that_comes_late_carries_tcp", late),
 ];
 
+/// Shows what the name server answers. A question waits for seconds only, so it is asked until there is an answer.
+const RESOLVE: &str = "tries=0; until nslookup host.test. > /tmp/names 2>&1; grep -q 'Address[ 1]*: 10.88.0.1' /tmp/names; do \
+     tries=$((tries + 1)); test $tries -lt 12 || break; done; cat /tmp/names";
+
 /// Answers one TCP connection at `port` of every address: reads to the end, answers in capitals.
 fn tcp_server(port: u16) -> thread::JoinHandle<String> {
     let listener = TcpListener::bind(("0.0.0.0", port)).expect("a port");
@@ -59,24 +63,35 @@ fn answer(question: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// A network name space that CNI has put on the bridge.
-struct Wired<'a> {
+pub(crate) struct Wired<'a> {
     context: &'a Context,
     name: String,
-    address: String,
+    /// Without the length of its prefix.
+    pub(crate) address: String,
 }
 
 impl<'a> Wired<'a> {
-    fn new(context: &'a Context) -> Self {
+    pub(crate) fn new(context: &'a Context) -> Self {
         let name = context.id();
         ip(&["netns", "add", &name]);
         let mut this = Self { context, name, address: String::new() };
-        let result: Value = serde_json::from_str(&this.plugin("ADD")).expect("JSON");
-        let address = result["ips"][0]["address"].as_str().expect("an address");
-        this.address = address.split('/').next().unwrap_or_default().to_owned();
+        this.add();
         this
     }
 
-    fn path(&self) -> String {
+    /// Takes its link away and makes another, with another address.
+    pub(crate) fn renew(&mut self) {
+        self.plugin("DEL");
+        self.add();
+    }
+
+    fn add(&mut self) {
+        let result: Value = serde_json::from_str(&self.plugin("ADD")).expect("JSON");
+        let address = result["ips"][0]["address"].as_str().expect("an address");
+        self.address = address.split('/').next().unwrap_or_default().to_owned();
+    }
+
+    pub(crate) fn path(&self) -> String {
         format!("/run/netns/{}", self.name)
     }
 
@@ -129,7 +144,7 @@ fn early(context: &Context) {
     let namespace = format!("network:{}", wired.path());
     let mount = format!("type=bind,src={},dst=/etc/resolv.conf,options=rbind:ro", resolver.display());
     let script = format!(
-        "ip -4 -o addr show eth0; ip route; ping -c 1 {GATEWAY} >&2; nslookup host.test.; echo hello | nc {GATEWAY} 7000"
+        "ip -4 -o addr show eth0; ip route; ping -c 1 -W 60 {GATEWAY} >&2; {RESOLVE}; echo hello | nc {GATEWAY} 7000"
     );
     let text = context.sh(&["--with-ns", &namespace, "--mount", &mount], &script);
     assert!(text.contains(&wired.address), "{text}");

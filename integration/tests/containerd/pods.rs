@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use mvm_integration::containerd::cri::messages::{
     ContainerConfig, ContainerMetadata, ContainerSecurity, CreateContainer, DnsConfig, ExecSync,
@@ -28,6 +30,10 @@ const EXITED: i32 = 2;
 /// A namespace of the container's own, and one of the pod's.
 const CONTAINER: i32 = 1;
 const MIB: i64 = 1 << 20;
+/// Bound of what follows an event.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Between looks: nothing tells.
+const INTERVAL: Duration = Duration::from_millis(50);
 
 /// A pod that goes away with this.
 struct Pod<'a> {
@@ -105,16 +111,29 @@ impl<'a> Pod<'a> {
     fn ended(&self, container: &str) -> i32 {
         self.context.daemon.events().expect(container, "/tasks/exit");
         // What the runtime interface tells follows the event.
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.cri.status(container).expect("a state");
             if status.state == EXITED {
                 return status.exit_code;
             }
+            assert!(Instant::now() < deadline, "{container} is in state {}", status.state);
+            thread::sleep(INTERVAL);
         }
     }
 
-    fn log(&self, name: &str) -> String {
-        fs::read_to_string(self.logs.path().join(format!("{name}.log"))).expect("a log")
+    /// Waits until a container's log has all of this: who writes it may be later than who tells of the end.
+    fn logged(&self, name: &str, wanted: &[&str]) {
+        let path = self.logs.path().join(format!("{name}.log"));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let log = fs::read_to_string(&path).unwrap_or_default();
+            if wanted.iter().all(|part| log.contains(part)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "not all of {wanted:?} is in {log:?}");
+            thread::sleep(INTERVAL);
+        }
     }
 
     fn address(&self) -> String {
@@ -169,9 +188,11 @@ fn identity(context: &Context) {
     ] {
         assert!(shown.contains(part), "no {part}: {shown}");
     }
-    pod.sh(&container, &format!("ping -c 1 {GATEWAY}"));
-    let answered =
-        Command::new("/bin/busybox").args(["ping", "-c", "1", &address]).output().expect("busybox");
+    pod.sh(&container, &format!("ping -c 1 -W 60 {GATEWAY}"));
+    let answered = Command::new("/bin/busybox")
+        .args(["ping", "-c", "1", "-W", "60", &address])
+        .output()
+        .expect("busybox");
     assert!(answered.status.success(), "{}", String::from_utf8_lossy(&answered.stdout));
     pod.end();
 }
@@ -201,8 +222,7 @@ fn ends(context: &Context) {
     let pod = Pod::run(context, |_| {});
     let short = pod.start("short", "echo out; echo err >&2; exit 3", None);
     assert_eq!(pod.ended(&short), 3);
-    let log = pod.log("short");
-    assert!(log.contains(" stdout F out\n") && log.contains(" stderr F err\n"), "{log}");
+    pod.logged("short", &[" stdout F out\n", " stderr F err\n"]);
     pod.cri.remove(&Id { id: short }).expect("it goes");
 
     let polite = pod.start("polite", "trap 'exit 4' TERM; echo > /ready; while :; do sleep 0.1; done", None);

@@ -3,10 +3,12 @@
 use std::io::Write;
 use std::process::{Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use mvm_integration::vm::{PATIENCE, TestVm, drain, image};
 use mvm_protocol::{ExitStatus, SignalTarget, WindowSize};
 use mvm_runtime::agent::StdioSpec;
+use mvm_runtime::container::Cost;
 use sha2::{Digest, Sha256};
 
 use crate::{Test, mvm};
@@ -26,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("three_cpus_are_three_cpus", smp),
     ("processes_are_killed_by_signals_and_orphans_are_reaped", reaping),
     ("a_machine_survives_a_process_that_takes_all_memory", memory_hog),
+    ("memory_that_a_guest_frees_is_the_hosts_again", memory_comes_back),
 ];
 
 fn run(arguments: &[&str]) -> Output {
@@ -133,7 +136,7 @@ fn read_only() {
 fn stats() {
     let output = run(&["--stats", "true"]);
     let report = text(&output.stderr);
-    for stage in ["machine is started", "guest runs", "agent calls", "process runs", "memory: "] {
+    for stage in ["spawn mvm-vmm", "run guest", "greet agent", "start process", "memory: "] {
         assert!(report.contains(stage), "no {stage:?} in {report}");
     }
 }
@@ -178,6 +181,21 @@ fn reaping() {
     assert_eq!(vm.container.agent.wait(process.id, Some(PATIENCE)).expect("it ends"), ExitStatus::Signal(9));
     vm.sh("for i in $(seq 20); do (sleep 0 &); done");
     assert!(vm.container.agent.list().expect("it answers").iter().all(|entry| entry.exited.is_none()));
+}
+
+fn memory_comes_back() {
+    let mut vm = TestVm::new().memory_mib(256).boot();
+    let pid = vm.container.machine.pid();
+    let used = || Cost::of(pid, 256 << 20).expect("it runs").guest_private_kib;
+    vm.sh("dd if=/dev/zero of=/tmp/fill bs=1M count=100 2>/dev/null");
+    let full = used();
+    vm.sh("rm /tmp/fill");
+    // The guest waits two seconds before it tells; nothing tells the host's user when it has.
+    let deadline = Instant::now() + PATIENCE;
+    while full.saturating_sub(used()) < 90 << 10 {
+        assert!(Instant::now() < deadline, "of {full} KiB there still are {}", used());
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn memory_hog() {

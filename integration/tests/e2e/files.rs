@@ -14,7 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// A sparse raw disk with an empty ext4 file system.
-fn ext4_disk(name: &str, mib: u64) -> PathBuf {
+pub(crate) fn ext4_disk(name: &str, mib: u64) -> PathBuf {
     let path = scratch().join(name);
     let file = std::fs::File::create(&path).expect("a file");
     file.set_len(mib << 20).expect("a size");

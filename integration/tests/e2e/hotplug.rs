@@ -61,6 +61,11 @@ fn open_files(vm: &Vm) -> Vec<PathBuf> {
     fds.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect()
 }
 
+/// How many of them there are but sockets: a stream of a process that has ended is closed a moment later.
+fn kept_files(vm: &Vm) -> usize {
+    open_files(vm).iter().filter(|path| !path.to_string_lossy().starts_with("socket:")).count()
+}
+
 fn replaced() {
     let (first, second) = (image("first", "badger"), image("second", "otter"));
     let mut vm = TestVm::new().cpus(2).boot();
@@ -140,7 +145,7 @@ fn many() {
     let path = image("many", "stoat");
     let mut vm = TestVm::new().boot();
     vm.sh(PREPARE);
-    let before = open_files(&vm).len();
+    let before = kept_files(&vm);
     for _ in 0..8 {
         let numbers: Vec<u8> = (0..3).map(|i| attach(&vm, &disk(&path, &format!("m{i}"), true))).collect();
         assert_eq!(numbers[2], numbers[0] + 2);
@@ -153,6 +158,6 @@ fn many() {
         assert_eq!(vm.sh(&script), "stoat".repeat(3));
         (0..3).for_each(|i| detach(&vm, &format!("m{i}")));
     }
-    assert_eq!(open_files(&vm).len(), before);
+    assert_eq!(kept_files(&vm), before);
     assert_eq!(vm.shut_down(ShutdownMode::PowerOff), Exit::Shutdown);
 }

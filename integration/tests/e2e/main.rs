@@ -5,14 +5,20 @@
 
 mod boot;
 mod containers;
+mod detached;
 mod errors;
 mod files;
 mod hotplug;
+mod memory;
 mod network;
 mod networks;
+mod restored;
 mod sandbox;
 mod sandbox_network;
+mod snapshot;
 mod surroundings;
+mod templates;
+mod traces;
 mod vsock;
 
 use std::ffi::OsString;
@@ -23,6 +29,8 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Trial};
 use mvm_integration::lab;
+use mvm_integration::programs::programs;
+use mvm_integration::witness::watched;
 
 /// Bound of the whole run in the lab.
 const LAB_TIME: Duration = Duration::from_secs(40 * 60);
@@ -47,20 +55,26 @@ fn run() -> ExitCode {
     let trials = [
         boot::TESTS,
         containers::TESTS,
+        detached::TESTS,
         errors::TESTS,
         files::TESTS,
         hotplug::TESTS,
+        memory::TESTS,
         network::TESTS,
         networks::TESTS,
+        restored::TESTS,
         sandbox::TESTS,
         sandbox_network::TESTS,
+        snapshot::TESTS,
         surroundings::TESTS,
+        templates::TESTS,
+        traces::TESTS,
         vsock::TESTS,
     ];
     let trials = trials.concat().into_iter().map(|(name, test)| {
         Trial::test(name, move || {
-            test();
-            Ok(())
+            // The panic has told what is wrong.
+            watched(name, test).map_err(|_| "it panicked".into())
         })
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
@@ -71,19 +85,14 @@ fn in_the_lab() -> Result<u8, Box<dyn std::error::Error>> {
     let myself = std::env::current_exe()?;
     let mut copy = vec![myself.clone(), programs(), env!("CARGO_BIN_EXE_guest_tool").into()];
     copy.extend(extra_files().into_iter().map(|(_, path)| path));
-    let mut env: Vec<(OsString, OsString)> = vec![("MVM_PREFIX".into(), programs().into())];
+    let mut env: Vec<(OsString, OsString)> =
+        vec![("MVM_PREFIX".into(), programs().into()), ("RUST_BACKTRACE".into(), "0".into())];
     env.extend(extra_files().into_iter().map(|(name, path)| (name.into(), path.into())));
     let options = lab::Options { timeout: LAB_TIME, memory_mib: 6144, copy, env, ..Default::default() };
     let arguments = std::iter::once(myself.into_os_string()).chain(std::env::args_os().skip(1));
     say(&format!("{}: running in the lab", lab::host_runs_linux().reason()));
     let argv: Vec<_> = arguments.collect();
     Ok(lab::run(&options, &argv, &mut stdout(), &mut stderr())?.status)
-}
-
-/// Where the programs under test are laid out as installed. Machines that tests start themselves come from
-/// there as well: every part of mvm looks below `MVM_PREFIX` first.
-pub(crate) fn programs() -> PathBuf {
-    std::env::var_os("MVM_PREFIX").map(PathBuf::from).expect("MVM_PREFIX names the programs: use `make e2e`")
 }
 
 fn say(text: &str) {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -23,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_container_has_the_user_the_rights_and_the_limits_it_was_given", confined),
     ("containers_of_a_pod_come_and_go_and_share_what_they_should", pod),
     ("a_container_is_paused_limited_anew_and_killed_for_memory", limited),
+    ("disks_of_the_host_are_disks_with_nodes_in_a_container", raw_disks),
     ("a_sandbox_without_a_container_and_one_that_dies_leave_nothing", ends),
 ];
 
@@ -62,10 +64,13 @@ pub(crate) fn bundle(name: &str, change: impl FnOnce(&mut Value)) -> (PathBuf, S
 
 impl Fixture {
     pub(crate) fn boot(spec: &Spec, pod: bool) -> Self {
+        Self::launch(&MachineLauncher { state: state(), ..Default::default() }, spec, pod)
+    }
+
+    pub(crate) fn launch(launcher: &MachineLauncher, spec: &Spec, pod: bool) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("sandbox-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let directory = scratch().join(&name);
-        let launcher = MachineLauncher { state: state(), ..Default::default() };
         let id = name.parse().expect("a name");
         let request = SandboxRequest { id, directory: directory.clone(), spec: spec.clone(), pod, net: None };
         Self { sandbox: unwrap(launcher.boot(&request)), directory }
@@ -207,23 +212,33 @@ fn in_pod(name: &str, pid: u32, volumes: &[(&Path, &str, &str)]) -> (PathBuf, Sp
     })
 }
 
-fn pod() {
+/// What the host shows a pod's containers: directories, files, what is small and what is large.
+fn pod_volumes() -> PathBuf {
     let host = scratch().join("pod-volumes");
-    let (shm, secret) = (host.join("shm"), host.join("secret"));
-    let empty = host.join("volumes/kubernetes.io~empty-dir/cache");
-    let large = host.join("large");
-    for directory in [&shm, &secret, &empty, &large] {
-        fs::create_dir_all(directory).expect("a directory");
+    for directory in ["shm", "secret", "volumes/kubernetes.io~empty-dir/cache", "large"] {
+        fs::create_dir_all(host.join(directory)).expect("a directory");
     }
-    fs::write(secret.join("key"), "hidden").expect("a file");
-    fs::write(large.join("blob"), vec![b'x'; 3 << 20]).expect("a file");
+    fs::write(host.join("secret/key"), "hidden").expect("a file");
+    fs::write(host.join("large/blob"), vec![b'x'; 3 << 20]).expect("a file");
     fs::write(host.join("hosts"), "10.0.0.9 pod\n").expect("a file");
-    let (_, spec) = bundle("pod", |spec| spec["hostname"] = json!("badger"));
+    fs::write(host.join("message"), "").expect("a file");
+    host
+}
+
+fn pod() {
+    let host = pod_volumes();
+    let [message, shm, secret, empty, large, hosts] =
+        ["message", "shm", "secret", "volumes/kubernetes.io~empty-dir/cache", "large", "hosts"]
+            .map(|name| host.join(name));
+    let (_, spec) = bundle("pod", |spec| {
+        spec["hostname"] = json!("badger");
+        spec["linux"]["cgroupsPath"] = json!("/mvm-e2e/pod");
+    });
     let fixture = Fixture::boot(&spec, true);
     let pid = fixture.sandbox.pid();
     assert_ne!(pid, 0);
-    let hosts = host.join("hosts");
-    let volumes: [(&Path, &str, &str); 5] = [
+    let volumes: [(&Path, &str, &str); 6] = [
+        (&message, "/message", "rw"),
         (&shm, "/dev/shm", "rw"),
         (&secret, "/secret", "ro"),
         (&empty, "/cache", "rw"),
@@ -243,6 +258,7 @@ fn pod() {
     let (_, text) =
         fixture.run("first", &shell(&first, "until grep changed /secret/key; do sleep 0.2; done"));
     assert_eq!(text, "changed\n");
+    fixture.run("first", &shell(&first, "echo the end > /message"));
     for round in 0..2 {
         fixture.create("second", &second_bundle, &second);
         let (_, text) = fixture.run(
@@ -259,8 +275,13 @@ fn pod() {
     let link = |kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a process");
     let own = fs::read_link("/proc/self/ns/net").expect("a process");
     assert_ne!(link("net"), own, "the machine is in a name space of its own");
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("a process");
+    assert!(groups.lines().any(|group| group.ends_with("/mvm-e2e/pod")), "{groups}");
     drop(init.stdin);
     assert_eq!(unwrap(fixture.sandbox.wait(init.id)), ExitStatus::Code(4));
+    unwrap(fixture.sandbox.remove("first"));
+    assert_eq!(fs::read_to_string(&message).expect("a file"), "the end\n");
+    assert_eq!(fs::read_to_string(&hosts).expect("a file"), "10.0.0.9 pod\n");
     fixture.end();
 }
 
@@ -316,4 +337,45 @@ fn ends() {
     assert!(how.contains("signal"), "{how}");
     assert!(fixture.sandbox.wait(init.id).is_err(), "nobody can tell how it ended");
     fixture.end();
+}
+
+/// A disk of this host with an image below it: its node, its numbers, and the image.
+fn loop_disk(name: &str) -> (String, (u32, u32), PathBuf) {
+    let image = scratch().join(name);
+    fs::write(&image, vec![b'0'; 1 << 20]).expect("a file");
+    let attach = Command::new("losetup").args(["--find", "--show"]).arg(&image).output().expect("losetup");
+    let device = String::from_utf8(attach.stdout).expect("a path").trim().to_owned();
+    let class = format!("/sys/class/block/{}/dev", device.trim_start_matches("/dev/"));
+    let number = fs::read_to_string(class).expect("a loop device");
+    let (major, minor) = number.trim().split_once(':').expect("two numbers");
+    (device, (major.parse().expect("a number"), minor.parse().expect("a number")), image)
+}
+
+fn raw_disks() {
+    let (bound, _, image) = loop_disk("bound");
+    let (numbered, (major, minor), _) = loop_disk("numbered");
+    let (bundle, spec) = bundle("raw-disks", |spec| {
+        let mount =
+            json!({"destination": "/dev/bound", "type": "bind", "source": bound, "options": ["rbind"]});
+        spec["mounts"].as_array_mut().expect("mounts").push(mount);
+        spec["linux"]["devices"] = json!([
+            {"path": "/dev/numbered", "type": "b", "major": major, "minor": minor, "fileMode": 0o600},
+        ]);
+        spec["linux"]["resources"]["devices"] = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": major, "minor": minor, "access": "rm"},
+        ]);
+    });
+    let fixture = Fixture::boot(&spec, false);
+    fixture.create("c1", &bundle, &spec);
+    let script = "head -c 4 /dev/numbered; ls -l /dev/numbered; echo -n otter > /dev/bound && echo written
+        (echo x > /dev/numbered) 2>/dev/null || echo read-only";
+    let (status, text) = fixture.run("c1", &shell(&spec, script));
+    assert_eq!(status, ExitStatus::Code(0), "{text}");
+    assert!(text.starts_with("0000brw-------") && text.ends_with("written\nread-only\n"), "{text}");
+    fixture.end();
+    for device in [&bound, &numbered] {
+        assert!(Command::new("losetup").args(["--detach", device]).status().expect("losetup").success());
+    }
+    assert!(fs::read(&image).expect("the image").starts_with(b"otter000"), "what was written is kept");
 }

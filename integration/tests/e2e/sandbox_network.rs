@@ -42,7 +42,7 @@ impl Peer {
     fn pings(&self) -> bool {
         let ping = || {
             Command::new("busybox")
-                .args(["ping", "-c", "1", "-W", "20", "10.9.0.2"])
+                .args(["ping", "-c", "1", "-W", "60", "10.9.0.2"])
                 .stdout(Stdio::null())
                 .status()
         };
@@ -60,7 +60,7 @@ fn late() {
     fixture.create("c1", &bundle, &spec);
     let init = unwrap(fixture.sandbox.start("c1", &shell(&spec, "busybox ip link; read line"), PIPES));
     let peer = Peer::link(fixture.sandbox.pid());
-    let script = "until busybox ip route | grep default; do sleep 0.2; done; busybox ping -c 1 -W 20 10.9.0.1; \
+    let script = "until busybox ip route | grep default; do sleep 0.2; done; busybox ping -c 1 -W 60 10.9.0.1; \
                   busybox ip link";
     let (_, text) = fixture.run("c1", &shell(&spec, script));
     assert!(text.contains("1 packets received") && text.contains("mtu 1400"), "{text}");

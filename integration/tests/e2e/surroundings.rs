@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use mvm_integration::vm::{PATIENCE, TestVm, Vm, drain, scratch, spec, state};
 use mvm_protocol::{
@@ -302,7 +304,15 @@ fn files_and_ports() {
     let mut server = server.expect("it starts");
     let mut ready = [0; 6];
     server.stdout.as_mut().expect("asked for").read_exact(&mut ready).expect("it says so");
-    let mut stream = (0..).find_map(|_| agent.forward(4000).ok()).expect("it listens");
+    // It says so before it does.
+    let deadline = Instant::now() + PATIENCE;
+    let mut stream = loop {
+        match agent.forward(4000) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "it never listens: {error}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
     stream.write_all(b"a line\n").expect("it reads");
     stream.shutdown(Shutdown::Write).expect("it ends");
     let mut text = String::new();

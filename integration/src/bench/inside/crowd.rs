@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::boot::{boot, image};
 use crate::bench::Figure;
-use crate::bench::memory::settled;
+use mvm_runtime::usage::settled;
 
 /// Containers at once.
 const CONTAINERS: usize = 20;

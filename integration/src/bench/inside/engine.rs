@@ -5,9 +5,9 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
+use mvm_runtime::template::Choice;
 use serde_json::json;
 
-use crate::bench::memory::smaps_kib;
 use crate::bench::stats::{Pairs, median};
 use crate::bench::{Figure, Wanted};
 use crate::containerd::cri::messages::{
@@ -15,6 +15,7 @@ use crate::containerd::cri::messages::{
     RunPodSandbox,
 };
 use crate::containerd::{BUSYBOX, Cri, Ctr, Daemon, Installation, Runtime};
+use mvm_runtime::usage::private_kib;
 
 /// Pairs of starts.
 const STARTS: usize = 6;
@@ -30,7 +31,11 @@ pub(super) fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     let dir = crate::vm::scratch().join("containerd");
     let programs = std::env::current_exe()?.parent().map(std::path::Path::to_path_buf).unwrap_or_default();
     let daemon = Daemon::start(&installation, &dir, &[programs]);
-    let what = format!("containerd {}, one CPU, virtual time", installation.version());
+    let clock = match std::env::var(crate::lab::INSIDE).as_deref() {
+        Ok("deterministic") => "virtual time",
+        _ => "wall clock of an emulated host",
+    };
+    let what = format!("containerd {}, one CPU, {clock}", installation.version());
     let ctr = daemon.ctr("default");
     let mut figures = Vec::new();
     let mut add = |id: &str, measured: &dyn Fn() -> io::Result<Vec<Figure>>| {
@@ -41,7 +46,11 @@ pub(super) fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
             }
         }
     };
-    add("lab.ctr_run_over_runc_cold", &|| Ok(vec![starts(&ctr, &what)?]));
+    for (id, choice) in
+        [("lab.ctr_run_over_runc_cold", Choice::Never), ("lab.ctr_run_over_runc_clone", Choice::Always)]
+    {
+        add(id, &|| Ok(vec![starts(id, choice, &ctr, &what)?]));
+    }
     add("lab.exec_over_runc", &|| processes(&ctr, &what));
     add("shim.private_kb", &|| processes(&ctr, &what));
     add("lab.ten_pods_p99_over_p50", &|| Ok(vec![pods(&Cri::new(&daemon.socket()), &what)?]));
@@ -60,12 +69,14 @@ fn timed(ctr: &Ctr, args: &[&str]) -> io::Result<f64> {
     }
 }
 
-fn starts(ctr: &Ctr, what: &str) -> io::Result<Figure> {
+fn starts(id: &str, choice: Choice, ctr: &Ctr, what: &str) -> io::Result<Figure> {
+    let template = format!("io.mvm.template={choice}");
     let run = |runtime: Runtime, number: usize| {
-        let id = format!("{}-{number}", runtime.name());
-        timed(ctr, &["run", "--rm", "--runtime", runtime.id(), BUSYBOX, &id, "true"])
+        let id = format!("{}-{choice}-{number}", runtime.name());
+        let (runtime, words) = (runtime.id(), ["run", "--rm", "--annotation", &template, "--runtime"]);
+        timed(ctr, &[&words[..], &[runtime, BUSYBOX, &id, "true"]].concat())
     };
-    // The first converts the image and fills caches; it is no part of the figure.
+    // The first converts the image, fills caches and makes the template; it is no part of the figure.
     let first = (run(Runtime::Mvm, 0)?, run(Runtime::Runc, 0)?);
     let mut pairs = Pairs::default();
     for number in 1..=STARTS {
@@ -75,16 +86,22 @@ fn starts(ctr: &Ctr, what: &str) -> io::Result<Figure> {
     let mut rows = pairs.rows("mvm_ms", "runc_ms");
     rows.push(json!({"first_mvm_ms": first.0, "first_runc_ms": first.1}));
     let how = format!(
-        "median of {STARTS} pairs of `ctr run --rm` of busybox's `true`, no machine kept warm; {what}"
+        "median of {STARTS} pairs of `ctr run --rm` of busybox's `true`, machines {}; {what}",
+        if choice == Choice::Never { "boot" } else { "go on from a template" }
     );
-    let figure = Figure::new("lab.ctr_run_over_runc_cold", pairs.ratio(), "x", &how);
+    let figure = Figure::new(id, pairs.ratio(), "x", &how);
     Ok(figure.peer("mvm_ms", ours).peer("runc_ms", theirs).raw(rows))
 }
 
 fn processes(ctr: &Ctr, what: &str) -> io::Result<Vec<Figure>> {
+    // Of two, so that what all shims of a host share is no one's own.
+    let containers = |runtime: Runtime| [format!("{}-beside", runtime.name()), runtime.name().to_owned()];
     for runtime in Runtime::ALL {
-        let id = runtime.name();
-        timed(ctr, &["run", "-d", "--null-io", "--runtime", runtime.id(), BUSYBOX, id, "sleep", "1000000"])?;
+        for id in containers(runtime) {
+            let words =
+                ["run", "-d", "--null-io", "--runtime", runtime.id(), BUSYBOX, &id, "sleep", "1000000"];
+            timed(ctr, &words)?;
+        }
     }
     let exec = |runtime: Runtime, number: usize| {
         timed(ctr, &["task", "exec", "--exec-id", &format!("e{number}"), runtime.name(), "true"])
@@ -95,19 +112,20 @@ fn processes(ctr: &Ctr, what: &str) -> io::Result<Vec<Figure>> {
     }
     let private = |runtime: Runtime| -> io::Result<f64> {
         let shim = runtime.shim_of(runtime.name()).ok_or_else(|| io::Error::other("no shim"))?;
-        Ok(smaps_kib(shim)? as f64)
+        Ok(private_kib(shim)? as f64)
     };
     let (ours, theirs) = (private(Runtime::Mvm)?, private(Runtime::Runc)?);
-    for runtime in Runtime::ALL {
-        timed(ctr, &["task", "delete", "-f", runtime.name()])?;
-        timed(ctr, &["containers", "rm", runtime.name()])?;
+    for id in Runtime::ALL.into_iter().flat_map(containers) {
+        timed(ctr, &["task", "delete", "-f", &id])?;
+        timed(ctr, &["containers", "rm", &id])?;
     }
     let (mvm, runc) = pairs.medians();
     let how = format!(
         "median of {PROCESSES} pairs of `ctr task exec` of busybox's `true` in a running container; {what}"
     );
-    let memory =
-        format!("private memory of the shim of one container after {PROCESSES} processes in it; {what}");
+    let memory = format!(
+        "private memory of the shim of a container after {PROCESSES} processes in it, beside another shim; {what}"
+    );
     Ok(vec![
         Figure::new("lab.exec_over_runc", pairs.ratio(), "x", &how)
             .peer("mvm_ms", mvm)

@@ -11,7 +11,7 @@ use mvm_devices::virtio::vsock::dialer::DialServer;
 use mvm_devices::virtio::{DeviceSpec, block, console, net, vsock};
 use mvm_runtime::container::CMDLINE;
 use mvm_runtime::net::open_tap;
-use mvm_vmm::config::{Boot, MachineConfig};
+use mvm_vmm::config::{Boot, MachineConfig, Start};
 use mvm_vmm::launch::{Child, Launch};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -81,15 +81,13 @@ pub(super) fn in_mvm(files: &Files, job: &Job<'_>, calls: impl FnOnce(DialServer
     }));
     let cmdline = job.cmdline().try_into().map_err(io::Error::other)?;
     let config = MachineConfig {
-        id: "bench".parse().map_err(io::Error::other)?,
-        cpus: Default::default(),
         memory: 128.try_into().map_err(io::Error::other)?,
-        kvm,
-        boot: Boot { kernel, initrd, cmdline, protocol: Default::default(), image: Default::default() },
         devices,
-        serial: None,
-        status: None,
-        control: None,
+        ..MachineConfig::new(
+            "bench".parse().map_err(io::Error::other)?,
+            kvm,
+            Start::Boot(Boot { initrd, cmdline, ..Boot::new(kernel) }),
+        )
     };
     let stderr = io::stderr().as_fd().try_clone_to_owned().ok();
     let child = Launch { config, files: opened, stderr }.spawn().map_err(io::Error::other)?;

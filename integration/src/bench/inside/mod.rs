@@ -1,11 +1,14 @@
-//! What runs in the emulated host: figures with Linux guests, on virtual time.
+//! What runs in the emulated host: figures with Linux guests.
 
 mod boot;
+mod clone;
 mod crowd;
 mod engine;
 mod guest;
 mod peer;
 mod qemu;
+mod saved;
+mod start;
 mod traffic;
 
 use std::fmt::Display;
@@ -17,7 +20,7 @@ use std::time::Duration;
 use mvm_runtime::guest::GuestFiles;
 use mvm_runtime::guest::cpio::Archive;
 
-use super::{Bound, Figure, Report, Wanted, beside};
+use super::{Bound, Figure, Part, Report, Wanted, beside};
 
 /// Bound of everything in here, on the emulated host's clock.
 const TIME: Duration = Duration::from_secs(240);
@@ -82,7 +85,16 @@ pub fn run(wanted: &Wanted, out: &mut dyn Write) -> io::Result<()> {
     if wanted.has("lab.vm_memory_mb") {
         add("memory", crowd::figure().map(|figure| vec![figure]));
     }
-    if super::ENGINE.iter().any(|id| wanted.has(id)) {
+    if wanted.any("lab.clone") || wanted.any("lab.container_memory") || wanted.has("lab.exec_rtt_ms") {
+        add("templates", clone::figures(wanted));
+    }
+    if wanted.has("lab.restore_over_clone_ms") {
+        add("snapshot", saved::restore().map(|figure| vec![figure]));
+    }
+    if wanted.has("lab.freed_returned_percent") {
+        add("free memory", saved::freed().map(|figure| vec![figure]));
+    }
+    if [Part::Engine, Part::Pods].iter().any(|part| !wanted.of(*part).list().is_empty()) {
         add("containerd", engine::figures(wanted));
     }
     figures.retain(|figure| wanted.has(&figure.id));

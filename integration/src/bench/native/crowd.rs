@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::subject::{Running, Setup, Subject};
 use crate::bench::Figure;
 use crate::bench::cgroup::Meter;
-use crate::bench::memory::{settled, smaps_kib};
 use crate::bench::stats::median;
+use mvm_runtime::usage::{private_kib, settled};
 
 /// Machines at once.
 const MACHINES: usize = 200;
@@ -40,7 +40,7 @@ impl Crowd {
         let (before, charged_before) = (settled()?, charged()?);
         let (running, starts_per_s) = start(subject, machines, setup)?;
         let (during, charged_during) = (settled()?, charged()?);
-        let own = running.iter().map(|one| smaps_kib(one.pid())).sum::<io::Result<i64>>()?;
+        let own = running.iter().map(|one| private_kib(one.pid())).sum::<io::Result<i64>>()?;
         end(running)?;
         let after = settled()?;
         let each = |more: i64, less: i64| (more - less) as f64 / machines as f64;

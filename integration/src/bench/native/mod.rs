@@ -1,6 +1,8 @@
 //! Figures of this machine's own KVM: a flat guest, so that only the VMM counts.
 
 mod crowd;
+mod herd;
+mod keeper;
 mod pvh;
 mod subject;
 
@@ -36,6 +38,9 @@ pub fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     let crowds = ["native.memory_per_vm_kb", "native.memory_charged_per_vm_kb", "native.starts_per_s"];
     if crowds.iter().any(|id| wanted.has(id)) {
         figures.extend(crowd::figures(&setup)?);
+    }
+    if wanted.any("native.herd") {
+        figures.extend(herd::figures(&setup)?);
     }
     figures.retain(|figure| wanted.has(&figure.id));
     Ok(figures)

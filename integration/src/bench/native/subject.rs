@@ -3,11 +3,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use mvm_vmm::config::{Boot, MachineConfig};
+use mvm_vmm::config::{Boot, MachineConfig, Start};
 use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Files, Launch};
 use mvm_vmm::status::{Event, now};
@@ -63,8 +64,8 @@ pub(super) struct Running {
     pub own_ns: Option<u64>,
     /// Spawn to the moment this process had read the report.
     pub seen_ns: u64,
-    /// Ends the floor program when closed.
-    _stdin: Option<ChildStdin>,
+    /// Ends the program when closed: the floor's input, the report that ours writes.
+    held: Option<OwnedFd>,
 }
 
 impl Subject {
@@ -95,25 +96,16 @@ impl ParseNumber for [u8] {
 fn mvm(setup: &Setup, began: u64) -> io::Result<Running> {
     let mut files = Files::default();
     let config = MachineConfig {
-        id: "bench".parse().map_err(io::Error::other)?,
-        cpus: Default::default(),
         memory: 128.try_into().map_err(io::Error::other)?,
-        kvm: files.add(File::options().read(true).write(true).open("/dev/kvm")?),
-        boot: Boot {
-            kernel: files.add(File::open(&setup.flat)?),
-            initrd: None,
-            cmdline: Default::default(),
-            protocol: Default::default(),
-            image: Default::default(),
-        },
-        devices: Vec::new(),
-        serial: None,
-        status: None,
-        control: None,
+        ..MachineConfig::new(
+            "bench".parse().map_err(io::Error::other)?,
+            files.add(File::options().read(true).write(true).open("/dev/kvm")?),
+            Start::Boot(Boot::new(files.add(File::open(&setup.flat)?))),
+        )
     };
     let launch = Launch { config, files, stderr: None };
     let mut child = launch.spawn_program(&setup.vmm).map_err(io::Error::other)?;
-    let mut running = Running::new(child.pid, None);
+    let mut running = Running::new(child.pid, Some(child.events.as_fd().try_clone_to_owned()?));
     for event in child.events.by_ref() {
         match event? {
             Event::GuestFirstInstruction { ns } => {
@@ -138,7 +130,7 @@ fn with_report(
     command.stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn()?;
     let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-    let mut running = Running::new(pid, child.stdin.take());
+    let mut running = Running::new(pid, child.stdin.take().map(OwnedFd::from));
     let mut report = vec![0; most];
     let count = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?.read(&mut report)?;
     running.seen_ns = now() - began;
@@ -165,14 +157,19 @@ fn qemu(guest: &Path) -> Command {
 }
 
 impl Running {
-    fn new(pid: Pid, stdin: Option<ChildStdin>) -> Self {
+    fn new(pid: Pid, held: Option<OwnedFd>) -> Self {
         ALIVE.lock().unwrap_or_else(PoisonError::into_inner).push(pid.as_raw());
-        Self { pid, ended: false, own_ns: None, seen_ns: 0, _stdin: stdin }
+        Self { pid, ended: false, own_ns: None, seen_ns: 0, held }
     }
 
     /// Its process.
     pub(super) fn pid(&self) -> i32 {
         self.pid.as_raw()
+    }
+
+    /// What ends the program when it is closed, for somebody else to keep.
+    pub(super) fn give_up(&mut self) -> Option<OwnedFd> {
+        self.held.take()
     }
 
     /// Asks the process to end and waits until it is gone. Returns how long that took, in nanoseconds.

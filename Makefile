@@ -16,7 +16,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install manual deb demo check test unit e2e containerd containerd-quick transcript bench lab clean
+.PHONY: help setup kernel build install uninstall manual deb demo check test unit e2e containerd containerd-quick transcript bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -46,6 +46,11 @@ install: build
 	install -t $(PREFIX)/bin $(addprefix $(DIST)/bin/,mvm mvm-vmm containerd-shim-mvm-v2)
 	install -m 644 -t $(PREFIX)/share/mvm $(DIST)/share/mvm/vmlinux
 	install -t $(PREFIX)/share/mvm $(DIST)/share/mvm/mvm-agent
+
+uninstall:
+	rm -f $(addprefix $(PREFIX)/bin/,mvm mvm-vmm containerd-shim-mvm-v2) $(addprefix $(PREFIX)/share/mvm/,vmlinux mvm-agent)
+	[ ! -d $(PREFIX)/share/mvm ] || rmdir $(PREFIX)/share/mvm
+	@echo "images, snapshots and templates are left in /var/lib/mvm"
 
 # The manual's pages and what makes shells complete commands, both made by `mvm` itself.
 manual: build
@@ -80,7 +85,7 @@ unit: setup
 # A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build
 	debian=$$(kernel-config/fetch-debian-kernel.sh) && MVM_TEST_DEBIAN_KERNEL=$$debian/bzImage $(CARGO) test -p mvm-integration --lib --bins \
-	    --test e2e --test kernel_config --test lab --test native --test structure
+	    --test e2e --test hosts --test kernel_config --test lab --test native --test structure
 
 # containerd is downloaded and unpacked, not installed. Within `make test` ours alone runs, on the newest generation
 # and on the oldest, which runs only what differs between them.

@@ -11,11 +11,18 @@ if ! command -v cargo >/dev/null; then
     echo "  help: install one from https://rustup.rs (1.88 or newer), then run this again" >&2
     exit 1
 fi
+wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "$0")/../Cargo.toml")
+present=$(rustc --version | cut -d' ' -f2)
+if [ "$(printf '%s\n' "$wanted" "$present" | sort -V | head -n1)" != "$wanted" ]; then
+    echo "setup: Rust $present is too old" >&2
+    echo "  help: install $wanted or newer from https://rustup.rs, then run this again" >&2
+    exit 1
+fi
 # A tool chain can lack both; rustup leaves stand-ins for them that only say so.
 for tool in rustfmt cargo-clippy; do
     "$tool" --version >/dev/null 2>&1 && continue
     echo "setup: the Rust tool chain has no $tool" >&2
-    echo "  help: rustup component add rustfmt clippy; with Debian's Rust: apt-get install rustfmt rust-clippy" >&2
+    echo "  help: rustup component add rustfmt clippy" >&2
     exit 1
 done
 [ -n "$missing" ] || exit 0

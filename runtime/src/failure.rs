@@ -127,6 +127,14 @@ pub fn escaped(text: &str) -> String {
     shown
 }
 
+/// Cuts a text to at most so many bytes, at a character's end.
+pub fn cut(text: &mut String, most: usize) {
+    if text.len() > most {
+        let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.truncate(end);
+    }
+}
+
 /// Puts the operation in front of an error.
 pub trait Context<T> {
     /// Turns an error into a [`Failure`] of the operation `what`.

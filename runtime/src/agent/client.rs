@@ -222,6 +222,12 @@ pub(super) fn left(end: Instant) -> Duration {
     end.saturating_duration_since(Instant::now())
 }
 
+/// What of a call's time is left until `end`. Nothing is asked for which there is none.
+pub(super) fn within(time: Duration, end: Instant) -> Result<Duration> {
+    let left = left(end);
+    if left.is_zero() { Err(Error::Deadline { what: "answer" }) } else { Ok(time.min(left)) }
+}
+
 /// Tokens that nobody can guess.
 pub(super) fn tokens(count: usize) -> Result<Vec<Token>> {
     let mut random = File::open("/dev/urandom").map_err(io_error("cannot open /dev/urandom"))?;

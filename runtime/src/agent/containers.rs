@@ -9,9 +9,10 @@ use std::{
 use mvm_protocol::{Get, Got, GotContent, Limits, Put, Reply, Request, RootStats, limits};
 
 use super::{
-    client::{AgentClient, CALL_TIME, FILE_TIME, LONG_CALL_TIME, left, tokens},
+    client::{AgentClient, CALL_TIME, FILE_TIME, LONG_CALL_TIME, left, tokens, within},
     error::{Error, Result, at_most},
 };
+use crate::failure::cut;
 
 impl AgentClient {
     /// Changes what a container may use.
@@ -116,19 +117,5 @@ impl AgentClient {
     /// want of memory, and how often so far. It must not wait, nor call this client.
     pub fn on_memory_kill(&self, heard: impl Fn(&str, u64) + Send + Sync + 'static) {
         self.shared.on_memory_kill(Arc::new(heard));
-    }
-}
-
-/// What of a call's time is left until `end`. Nothing is asked for which there is none.
-fn within(time: Duration, end: Instant) -> Result<Duration> {
-    let left = left(end);
-    if left.is_zero() { Err(Error::Deadline { what: "answer" }) } else { Ok(time.min(left)) }
-}
-
-/// Cuts a text to its bound.
-fn cut(text: &mut String, most: usize) {
-    if text.len() > most {
-        let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-        text.truncate(end);
     }
 }

@@ -5,7 +5,7 @@ use std::{sync::atomic::Ordering, time::Instant};
 use mvm_protocol::{ProcessEntry, Request};
 
 use super::{
-    client::{AgentClient, CALL_TIME, LONG_CALL_TIME},
+    client::{AgentClient, CALL_TIME, LONG_CALL_TIME, within},
     error::{Error, Result},
     processes::{Process, StdioSpec, stdio},
 };
@@ -56,8 +56,9 @@ impl AgentClient {
         self.done(Request::Rename { root, hostname }, CALL_TIME)
     }
 
-    /// Has the guest let go of the network card of this hardware address before it is unplugged.
-    pub fn eject_card(&self, mac: [u8; 6]) -> Result<()> {
-        self.done(Request::EjectCard { mac }, CALL_TIME)
+    /// Has the guest let go of the network card of this hardware address before it is unplugged, by `end` at the
+    /// latest.
+    pub fn eject_card_by(&self, mac: [u8; 6], end: Instant) -> Result<()> {
+        self.done(Request::EjectCard { mac }, within(CALL_TIME, end)?)
     }
 }

@@ -9,7 +9,7 @@ use mvm_protocol::{
 };
 
 use super::{
-    client::{AgentClient, CALL_TIME, LONG_CALL_TIME, left, tokens},
+    client::{AgentClient, CALL_TIME, LONG_CALL_TIME, left, tokens, within},
     error::{Error, Result, at_most},
 };
 
@@ -183,6 +183,18 @@ impl AgentClient {
     /// Sends a signal.
     pub fn signal(&self, process: u64, signal: i32, target: SignalTarget) -> Result<()> {
         self.done(Request::Signal { process, signal, target }, CALL_TIME)
+    }
+
+    /// Kills processes, all by `end`. One that is gone already is none that is left.
+    pub fn kill_by(&self, processes: impl IntoIterator<Item = u64>, end: Instant) -> Result<()> {
+        let target = SignalTarget::Process;
+        processes.into_iter().try_for_each(|process| {
+            let request = Request::Signal { process, signal: libc::SIGKILL, target };
+            match self.done(request, within(CALL_TIME, end)?) {
+                Err(error) if error.is_answer() => Ok(()),
+                done => done,
+            }
+        })
     }
 
     /// Sets the size of a process's terminal.

@@ -1,6 +1,8 @@
 //! A sandbox of a machine that goes on from where another was saved, with the container in it.
 
-use mvm_protocol::{Configure, SignalTarget};
+use std::time::{Duration, Instant};
+
+use mvm_protocol::Configure;
 
 use super::ContainerRequest;
 use super::machine::{Layout, MachineSandbox};
@@ -17,6 +19,8 @@ use crate::state::Ledger;
 
 /// Largest packet in bytes of a card that nothing is ever sent through.
 const ANY_MTU: u16 = 1500;
+/// How long the guest may take for all of what it is asked once for each of many: a checkpoint says how many.
+const TIME_FOR_ALL: Duration = Duration::from_secs(15);
 
 /// What the container's processes do once the machine goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,10 +91,9 @@ fn take_over(agent: &AgentClient, going: &Going) -> Result<(Process, Vec<u64>), 
     let process = opened.context(|| "cannot open the streams of the container's process".to_owned())?;
     agent.release().context(|| "cannot let the guest go on".to_owned())?;
     let others: Vec<_> = found.iter().filter(|entry| entry.process != going.process).collect();
-    for other in others.iter().filter(|entry| entry.exited.is_none()) {
-        let killed = agent.signal(other.process, libc::SIGKILL, SignalTarget::Process);
-        killed.context(|| "cannot end a process that was run in the container".to_owned())?;
-    }
+    let running = others.iter().filter(|entry| entry.exited.is_none()).map(|entry| entry.process);
+    let killed = agent.kill_by(running, Instant::now() + TIME_FOR_ALL);
+    killed.context(|| "cannot end a process that was run in the container".to_owned())?;
     Ok((process, others.iter().map(|entry| entry.process).collect()))
 }
 
@@ -109,8 +112,9 @@ fn replace_cards(agent: &AgentClient, machine: &Machine, nets: &[Net], going: &G
         return Ok(());
     }
     let control = machine.control();
+    let end = Instant::now() + TIME_FOR_ALL;
     for card in &going.machine.cards {
-        let ejected = agent.eject_card(card.bytes());
+        let ejected = agent.eject_card_by(card.bytes(), end);
         ejected.context(|| format!("cannot have the guest let go of its card {card}"))?;
     }
     for number in control.cards()? {

@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mvm_protocol::*;
@@ -320,4 +320,15 @@ fn an_exit_while_the_host_was_away_is_reported_when_it_is_back_until_it_is_forgo
     send(&mut stream, &HostMessage::Request { id: 1, request: Request::Ping });
     let answer = GuestMessage::Response { id: 1, result: Ok(Reply::Done) };
     assert_eq!(next(&mut stream, &mut decoder), answer, "the exit was forgotten");
+}
+
+#[test]
+fn a_guest_that_lets_nothing_be_killed_has_one_time_for_all_of_it() {
+    let (client, _agent) = client();
+    let begun = Instant::now();
+    let killed = client.kill_by(1..=256, begun + Duration::from_millis(100));
+    assert!(matches!(killed, Err(Error::Deadline { .. })), "{killed:?}");
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    let ejected = client.eject_card_by([2; 6], begun);
+    assert!(matches!(ejected, Err(Error::Deadline { .. })), "{ejected:?}");
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Context, Failure};
+use crate::whole_file::write_whole;
 
 /// Where an installation keeps the guest's files, under its prefix.
 const SHARE: &str = "share/mvm";
@@ -44,12 +45,11 @@ impl GuestFiles {
         let failed = || format!("cannot write the initial RAM disk {}", path.display());
         let agent = fs::read(&self.agent).context(|| format!("cannot read {}", self.agent.display()))?;
         fs::create_dir_all(cache).context(failed)?;
-        // Written aside and renamed: two starts at once both succeed, and a crash leaves no half file.
-        let mut file = tempfile::NamedTempFile::new_in(cache).context(failed)?;
         let mut archive = cpio::Archive::new();
         archive.program("init", &agent);
-        file.write_all(&archive.finish()).context(failed)?;
-        file.persist(&path).map_err(|error| error.error).context(failed)?;
+        let archive = archive.finish();
+        // Two starts at once both succeed.
+        write_whole(&path, |mut file| file.write_all(&archive).context(failed))?;
         Ok(path)
     }
 }

@@ -21,3 +21,4 @@ pub mod state;
 pub mod template;
 pub mod timeline;
 pub mod usage;
+mod whole_file;

@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::failure::{Context, Failure};
 use crate::hex::hex;
+use crate::whole_file::write_whole;
 
 /// Smallest disk of writes, in bytes: below, its own bookkeeping would take a large part.
 const SMALLEST: u64 = 16 << 20;
@@ -108,13 +109,10 @@ fn make(path: &Path, bytes: u64, state: &Path) -> Result<(), Failure> {
         )));
     }
     let template = template(bytes, state)?;
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    let writing = || format!("cannot write to {}", parent.display());
-    let unfinished = tempfile::Builder::new().prefix(".mvm-upper").tempfile_in(parent).context(writing)?;
-    copy_sparse(&template, unfinished.as_file(), bytes).context(writing)?;
-    // The name comes last: what has it is complete.
-    unfinished.persist(path).context(writing)?;
-    Ok(())
+    let copy = |file: &File| {
+        copy_sparse(&template, file, bytes).context(|| "cannot copy an empty file system".to_owned())
+    };
+    write_whole(path, copy)
 }
 
 /// An empty file system of this size.

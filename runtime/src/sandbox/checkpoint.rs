@@ -5,7 +5,7 @@
 //! that of the disk of writes: a checkpoint may come from anywhere, and takes no more of the host than its container's
 //! specification gives it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::machine::MachineSandbox;
@@ -20,6 +20,7 @@ use crate::machine::{Disk, Snapshot};
 use crate::rootfs::{self, LAYER_DISKS, Prepared};
 use crate::snapshot::{Checkpoint, Going, Opened, Piece, SavedDisk, Snapshots, memory_file, state_file};
 use crate::template::sha256;
+use crate::whole_file::write_whole;
 
 /// Saves the machine of `sandbox` with its only container into a directory of its engine's.
 pub(super) fn write(
@@ -77,7 +78,7 @@ pub(super) fn restore(
         opened.unpack(piece, &file)?;
     }
     if let Some(disk) = disks.iter().find(|disk| !disk.read_only) {
-        replace(&disk.path, |file| opened.unpack(Piece::Writes, file))?;
+        write_whole(&disk.path, |file| opened.unpack(Piece::Writes, file))?;
     }
     let going = Going {
         machine: checkpoint.machine.clone(),
@@ -159,15 +160,6 @@ fn same_disks(given: &[Disk], checkpoint: &Checkpoint) -> Result<Vec<Disk>, Fail
     Ok(disks)
 }
 
-/// Puts another file in the place of one; that stays if the other cannot be written.
-fn replace(path: &Path, write: impl FnOnce(&File) -> Result<(), Failure>) -> Result<(), Failure> {
-    let failed = || format!("cannot write {}", path.display());
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    let new = tempfile::Builder::new().prefix(".mvm-writes").tempfile_in(parent).context(failed)?;
-    write(new.as_file())?;
-    new.persist(path).map(drop).context(failed)
-}
-
 fn digest(path: &Path) -> Result<String, Failure> {
     sha256(path).context(|| format!("cannot digest {}", path.display()))
 }
@@ -227,20 +219,5 @@ mod tests {
         let small = planned(&dir.path().join("small"), spec).unwrap();
         let report = check_fit(&small, &checkpoint, pipes).unwrap_err().report();
         assert!(report.contains("the container is to have one with 1 CPUs and 64 MiB"), "{report}");
-    }
-
-    #[test]
-    fn a_disk_is_replaced_whole_or_not_at_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("writes");
-        fs::write(&path, "before").unwrap();
-        let write = |mut file: &File| {
-            std::io::Write::write_all(&mut file, b"after").context(|| "cannot write".to_owned())
-        };
-        replace(&path, |file| write(file).and(Err(Failure::new("damaged")))).unwrap_err();
-        assert_eq!(fs::read(&path).unwrap(), b"before");
-        replace(&path, write).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"after");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -34,6 +34,8 @@ const FORMAT: Format = Format {
 };
 /// What is on record of it.
 const RECORD: &str = "mvm.json";
+/// Longest name of a processor or of a program's content, in bytes.
+const MAX_TEXT: usize = 1024;
 /// Longest state, in bytes; the machine's process reads less.
 const MAX_STATE: u64 = 16 << 20;
 /// How much longer than RAM its file is at most, in bytes.
@@ -165,6 +167,9 @@ impl Checkpoint {
         }
         if self.files.writes.as_ref().map(|file| file.bytes) != written.map(|disk| disk.bytes) {
             return wrong("another disk of writes than its machine has");
+        }
+        if self.processor.len().max(self.vmm_sha256.len()) > MAX_TEXT {
+            return wrong("words longer than there are");
         }
         let ram = self.machine.memory_mib.bytes();
         if self.files.memory.bytes > ram.saturating_add(MEMORY_HEADER) || self.files.state.bytes > MAX_STATE {

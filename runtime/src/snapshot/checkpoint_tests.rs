@@ -127,6 +127,7 @@ fn a_record_that_cannot_be_is_refused_before_anything_is_unpacked() {
         ("/machine/root", json!("/etc"), "impossible name"),
         ("/machine/root", json!("../.."), "impossible name"),
         ("/process", json!("one"), "cannot read"),
+        ("/processor", json!("a".repeat(1025)), "words longer"),
         ("/files", json!({"state": {}, "more": 1}), "cannot read"),
     ] {
         let made = made();

@@ -2,7 +2,7 @@
 
 use containerd_shim_protos::ttrpc::{self, Code};
 use mvm_runtime::container::NotRunnable;
-use mvm_runtime::failure::Failure;
+use mvm_runtime::failure::{Failure, cut, escaped};
 
 /// Outcome of a call.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
@@ -19,6 +19,8 @@ pub(crate) struct Error {
 
 /// What clients take for "it was not started".
 const NOT_STARTED: u32 = 128;
+/// Longest text of a failure, in bytes: a guest's and a checkpoint's words may be in it.
+const MAX_TEXT: usize = 4096;
 
 impl Error {
     fn new(code: Code, text: impl Into<String>) -> Self {
@@ -77,6 +79,8 @@ impl From<Failure> for Error {
         if let Some(help) = failure.remedy() {
             text.push_str(&format!(" ({help})"));
         }
+        let mut text = escaped(&text);
+        cut(&mut text, MAX_TEXT);
         let exit_status = not_runnable.map_or(NOT_STARTED, |error| u32::from(error.exit_code));
         let error = if failure.is_refusal() { Self::failed_precondition(text) } else { Self::failed(text) };
         Self { exit_status, ..error }
@@ -86,5 +90,18 @@ impl From<Failure> for Error {
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
         Self::RpcStatus(ttrpc::get_status(error.code, error.text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failure_quotes_is_shown_and_cut_not_obeyed() {
+        let cause = Failure::new(format!("it ran on \u{1b}[31m{}", "\u{e4}".repeat(MAX_TEXT)));
+        let Error { text, .. } = Failure::because("cannot restore", cause).into();
+        assert!(text.starts_with("cannot restore: it ran on \\u{1b}[31m\u{e4}"), "{text}");
+        assert!((MAX_TEXT - 1..=MAX_TEXT).contains(&text.len()), "{}", text.len());
     }
 }

@@ -11,13 +11,14 @@ use mvm_runtime::machine::{ConsoleKind, Disk, Net};
 use mvm_runtime::net::{Choice, Publish, TcpProfile};
 use mvm_runtime::state::Restart;
 use mvm_runtime::template;
-use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
+use mvm_vmm::config::{MachineId, MemSize};
 
 use crate::density::args::Density;
 use crate::image::args::Images;
 use crate::life::args::Life;
 use crate::snapshot::args::{Fork, Restore, Snapshots};
 use crate::template::args::Templates;
+use crate::words::{Format, Shape};
 
 /// What is read from the environment, for the end of the help.
 const ENVIRONMENT: &str = "\
@@ -231,17 +232,6 @@ pub(crate) struct Run {
     pub(crate) trace_file: Option<PathBuf>,
 }
 
-/// How large a machine is.
-#[derive(Debug, Args)]
-pub(crate) struct Shape {
-    /// Virtual CPUs, 1 to 32
-    #[arg(long, value_name = "N", default_value = "1", value_parser = cpus)]
-    pub(crate) cpus: VcpuCount,
-    /// Memory: 128M, 2G
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
-    pub(crate) memory: MemSize,
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = "Exit codes: 0 machines can run here, 1 a check failed, 2 bad usage")]
 pub(crate) struct Doctor {
@@ -260,25 +250,6 @@ pub(crate) struct Version {
     pub(crate) format: Format,
 }
 
-/// A list of what has keys.
-#[derive(Debug, Args)]
-pub(crate) struct Keys {
-    /// Print keys only
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-    /// How to print the list
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub(crate) format: Format,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Format {
-    /// For people
-    Text,
-    /// For programs
-    Json,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Console {
     /// virtio console, hvc0
@@ -294,11 +265,6 @@ impl From<Console> for ConsoleKind {
             Console::Serial => Self::Serial,
         }
     }
-}
-
-fn cpus(text: &str) -> Result<VcpuCount, String> {
-    let count: u64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
-    VcpuCount::try_from(count).map_err(|error| error.to_string())
 }
 
 /// A network whose guest gets its addresses by itself: no agent of ours runs there to set them.

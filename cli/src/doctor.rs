@@ -6,7 +6,8 @@ use mvm_runtime::doctor::{Row, Status, examine};
 use mvm_runtime::failure::{Context, Failure};
 
 use crate::UNFIT;
-use crate::args::{Doctor, Format};
+use crate::args::Doctor;
+use crate::words::Format;
 
 pub(crate) fn doctor(options: &Doctor) -> Result<u8, Failure> {
     let rows = examine(options.density);

@@ -13,6 +13,7 @@ mod table;
 mod template;
 mod terminal;
 mod version;
+mod words;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -6,8 +6,9 @@ use mvm_runtime::failure::Failure;
 use mvm_runtime::guest::GuestFiles;
 use serde::Serialize;
 
-use crate::args::{Format, Version};
+use crate::args::Version;
 use crate::life::{json, print};
+use crate::words::Format;
 
 #[derive(Serialize)]
 struct Report {

@@ -6,7 +6,7 @@ use clap::Args;
 use mvm_runtime::template;
 use mvm_vmm::config::MemSize;
 
-use crate::args::Format;
+use crate::words::Format;
 
 /// Starts many containers, says what each cost, and removes them again.
 ///

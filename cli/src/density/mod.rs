@@ -13,7 +13,7 @@ use std::time::Duration;
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::state::Home;
 
-use crate::args::Format;
+use crate::words::Format;
 use args::Density;
 use herd::Herd;
 

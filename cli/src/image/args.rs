@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::args::{Format, Keys};
+use crate::words::{Format, Keys, size};
 
 /// Lists, fetches, takes in and removes images.
 #[derive(Debug, Args)]
@@ -85,38 +85,4 @@ pub(crate) struct Prune {
     /// How to print the report
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
-}
-
-/// A number of bytes: `500M`, `20G`, `0`.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is no size: a number with K, M, G or T");
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at_checked(digits).ok_or_else(wrong)?;
-    let scale = match unit.to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(wrong()),
-    };
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << scale).ok_or_else(wrong)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_numbers_with_a_unit() {
-        let sizes =
-            [("0", 0), ("512", 512), ("1k", 1024), ("3M", 3 << 20), ("2GiB", 2 << 30), ("1TB", 1 << 40)];
-        for (text, bytes) in sizes {
-            assert_eq!(size(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "G", "1x", "-1", "1.5G", "99999999999T"] {
-            assert!(size(text).is_err(), "{text}");
-        }
-    }
 }

@@ -14,10 +14,10 @@ use mvm_runtime::rootfs;
 use serde::Serialize;
 
 use self::args::{Image, Import, Prune, Pull, Rm};
-use crate::args::{Format, Keys};
 use crate::life::{SOME_FAILED, json, print};
 use crate::run::progress::Bar;
 use crate::table::{ago, bytes, table};
+use crate::words::{Format, Keys};
 use crate::{complain, say};
 
 /// Digits of a key that are shown to people.

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use nix::sys::signal::Signal;
 
-use crate::args::Format;
-use crate::image::args::size;
+use crate::words::{Format, size};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Life {

@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::args::{Inspect, Listing, Ps};
 use super::{SOME_FAILED, json, print};
-use crate::args::Format;
 use crate::complain;
 use crate::table::{ago, bytes, table};
+use crate::words::Format;
 
 /// Longest command that is listed, in characters.
 const COMMAND_WIDTH: usize = 30;

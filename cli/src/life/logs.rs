@@ -11,7 +11,7 @@ use mvm_runtime::state::{Home, LOG};
 use super::args::{Events, Logs};
 use super::print;
 use super::watch::Watch;
-use crate::args::Format;
+use crate::words::Format;
 
 pub(super) fn logs(home: &Home, options: &Logs) -> Result<u8, Failure> {
     let seen = home.find(&options.name)?;

@@ -16,7 +16,7 @@ use mvm_runtime::state::{Home, Owned, Seen, collect, events};
 use nix::sys::signal::Signal;
 
 use self::args::{Life, Names};
-use crate::args::Format;
+use crate::words::Format;
 use crate::{complain, say};
 
 /// Some of several containers could not be served.

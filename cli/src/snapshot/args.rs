@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use mvm_vmm::config::MachineId;
 
-use crate::args::Format;
+use crate::words::Format;
 
 /// Saves, lists and removes snapshots of running containers' machines.
 #[derive(Debug, Args)]

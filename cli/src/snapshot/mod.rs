@@ -15,11 +15,11 @@ use mvm_vmm::config::MachineId;
 use serde::Serialize;
 
 use self::args::{Create, Fork, Inspect, Ls, Restore, Rm, Snapshot};
-use crate::args::Format;
 use crate::complain;
 use crate::life::{SOME_FAILED, json, print};
 use crate::run::{From, Order, generated_id, leave_behind};
 use crate::table::{ago, bytes, table};
+use crate::words::Format;
 
 /// Does what one of the commands says; its exit code.
 pub(crate) fn snapshot(command: Snapshot) -> Result<u8, Failure> {

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::args::{Format, Keys, Shape};
-use crate::image::args::size;
+use crate::words::{Format, Keys, Shape, size};
 
 /// Makes, lists and removes the templates that machines go on from.
 #[derive(Debug, Args)]

@@ -11,9 +11,9 @@ use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::template::{self, Condition, Entry, Keep, Phase, Recipe, Templates};
 
 use self::args::{Create, Inspect, Prune, Rm, Template};
-use crate::args::{Format, Keys};
 use crate::life::{SOME_FAILED, json, print};
 use crate::table::{ago, bytes, table};
+use crate::words::{Format, Keys};
 use crate::{complain, say};
 
 /// How often a terminal shows that something is done.

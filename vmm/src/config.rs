@@ -3,6 +3,7 @@
 //! Files are named by [`FdSlot`], the number of an inherited descriptor: the process that starts the machine opens everything. Values are checked
 //! where they are parsed, so a `MachineConfig` that exists is valid by itself.
 
+mod serial;
 mod start;
 
 use std::fmt;
@@ -11,6 +12,7 @@ use std::str::FromStr;
 pub use mvm_devices::fd::FdSlot;
 pub use mvm_devices::virtio::DeviceSpec;
 use serde::{Deserialize, Serialize};
+pub use serial::{MAX_SERIAL_BYTES, Serial};
 pub use start::{Boot, Image, Protocol, Restore, Start};
 
 /// File descriptor on which the configuration arrives.
@@ -21,8 +23,6 @@ pub const FIRST_SLOT: u32 = CONFIG_FD + 1;
 pub const LAST_SLOT: u32 = 1023;
 /// Most bytes of a configuration.
 pub const MAX_CONFIG_BYTES: u64 = 64 * 1024;
-/// Most bytes of serial output that a regular file gets; what follows is dropped, and counted.
-pub const MAX_SERIAL_BYTES: u64 = 64 << 20;
 /// Most bytes of a kernel command line, before what the machine itself adds.
 pub const MAX_CMDLINE_BYTES: usize = 1900;
 
@@ -81,6 +81,9 @@ pub struct MachineConfig {
     /// UNIX stream socket for [`crate::control`] requests: a listening one, or one end of a connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<FdSlot>,
+    /// Directory that becomes the process's root, and with it a user of its own: [`crate::launch`] sets both if it may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<FdSlot>,
 }
 
 impl MachineConfig {
@@ -97,6 +100,7 @@ impl MachineConfig {
             serial: None,
             status: None,
             control: None,
+            root: None,
         }
     }
 
@@ -119,17 +123,6 @@ impl MachineConfig {
 
 fn is_zero(mib: &u64) -> bool {
     *mib == 0
-}
-
-/// The first serial port (16550A at 0x3f8, polled).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Serial {
-    /// Where output goes. A regular file gets at most [`MAX_SERIAL_BYTES`].
-    pub output: FdSlot,
-    /// Where input comes from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub input: Option<FdSlot>,
 }
 
 /// Number of virtual CPUs, 1 to 32.

@@ -12,14 +12,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::SigSet;
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, Uid, mkdtemp};
 
 use crate::config::{CONFIG_FD, FIRST_SLOT, FdSlot, LAST_SLOT, MAX_CONFIG_BYTES, MachineConfig};
 use crate::exit::Exit;
@@ -113,6 +113,10 @@ impl Launch {
     pub fn spawn_program(mut self, program: &Path) -> Result<Child> {
         let (reader, writer) = io::pipe().map_err(|source| Error::System("make a pipe", source))?;
         self.config.status = Some(self.files.add(writer));
+        if Uid::effective().is_root() {
+            let nowhere = nowhere().map_err(|source| Error::System("make an empty directory", source))?;
+            self.config.root = Some(self.files.add(nowhere));
+        }
         let config = config_file(&self.config)?;
         let pid = spawn(program, &config, &self.files, self.stderr.as_ref())?;
         let pidfd = pidfd_open(pid).map_err(|source| Error::System("watch the machine's process", source))?;
@@ -204,6 +208,14 @@ pub fn find_program() -> Result<PathBuf> {
         .map(|directory| directory.join(PROGRAM))
         .find(|candidate| candidate.is_file())
         .ok_or(Error::NotFound)
+}
+
+/// A directory that was removed: nothing is in it, and nothing can be made in it.
+fn nowhere() -> io::Result<OwnedFd> {
+    let path = mkdtemp(&std::env::temp_dir().join("mvm-root-XXXXXX"))?;
+    let opened = open(&path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
+    std::fs::remove_dir(&path)?;
+    Ok(opened?)
 }
 
 fn config_file(config: &MachineConfig) -> Result<OwnedFd> {

@@ -23,6 +23,7 @@ pub mod exit;
 mod fds;
 pub mod flat;
 mod gate;
+mod jail;
 pub mod kvm;
 pub mod launch;
 pub mod layout;

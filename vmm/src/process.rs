@@ -10,6 +10,7 @@ use crate::config::{MAX_CONFIG_BYTES, MachineConfig};
 use crate::error::{Error, Result, causes};
 use crate::exit::Exit;
 use crate::fds::{Slots, duplicate_above};
+use crate::jail;
 use crate::log;
 use crate::machine::{Machine, set_nonblocking};
 use crate::status::{Event, Stages, Stream, now};
@@ -35,6 +36,9 @@ pub fn run() -> u8 {
         Ok(config) => config,
         Err(error) => return fail(&error, &Stream::default()),
     };
+    if let Err(error) = slots.take_optional(config.root, "root directory").and_then(jail::enter) {
+        return fail(&error, &Stream::default());
+    }
     stages.config_ns = now();
     let status = match status_stream(&config, &mut slots) {
         Ok(status) => Arc::new(status),

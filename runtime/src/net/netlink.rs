@@ -65,6 +65,17 @@ impl Netlink {
         Ok(list)
     }
 
+    /// Asks for one thing.
+    pub(super) fn get<T>(
+        &mut self,
+        message: Message,
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> nix::Result<Option<T>> {
+        let mut found = None;
+        self.exchange(message.acknowledged(), |payload| found = parse(payload))?;
+        Ok(found)
+    }
+
     /// Has the kernel do all of `batch`, of which each message asks for an answer, or nothing. Stops at the first
     /// error; the socket is of no use after that.
     pub(super) fn transact(&mut self, begin: Message, batch: Vec<Message>, end: Message) -> nix::Result<()> {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 
 use super::{Kind, PortRequest, Subnet, remove_bridge};
 use crate::failure::{Context, Failure};
@@ -15,8 +16,9 @@ const MTU: u32 = 1500;
 /// Lets the host pass packets on between its links.
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
-/// The host's network as it is.
+/// The host's network as it is, without taps: there may be thousands.
 pub(super) struct Host {
+    /// Bridges and pairs.
     pub(super) links: Vec<LinkEntry>,
     addresses: Vec<AddressEntry>,
     routes: Vec<RouteEntry>,
@@ -26,10 +28,12 @@ impl Host {
     pub(super) fn read() -> Result<Self, Failure> {
         let read = || {
             let mut kernel = Netlink::open()?;
+            let mut links = kernel.list(Message::links_of("bridge"), LinkEntry::parse)?;
+            links.extend(kernel.list(Message::links_of("veth"), LinkEntry::parse)?);
             Ok::<_, Errno>(Self {
-                links: kernel.list(Message::links(), LinkEntry::parse)?,
-                addresses: kernel.list(Message::addresses(), AddressEntry::parse)?,
-                routes: kernel.list(Message::routes(), RouteEntry::parse)?,
+                links,
+                addresses: kernel.list(Message::addresses().of_ipv4(), AddressEntry::parse)?,
+                routes: kernel.list(Message::routes().of_ipv4(), RouteEntry::parse)?,
             })
         };
         read().context(|| "cannot read the host's network".to_owned())
@@ -37,10 +41,10 @@ impl Host {
 
     /// The number of a bridge, if it is there.
     pub(super) fn find(&self, name: &str) -> Result<Option<u32>, Failure> {
-        match self.links.iter().find(|link| link.name == name) {
-            None => Ok(None),
-            Some(link) if link.kind == "bridge" => Ok(Some(link.index)),
-            Some(_) => Err(Failure::new(format!("{name} is not a bridge"))),
+        let bridge = self.links.iter().find(|link| link.name == name && link.kind == "bridge");
+        match bridge {
+            None if if_nametoindex(name).is_ok() => Err(Failure::new(format!("{name} is not a bridge"))),
+            bridge => Ok(bridge.map(|link| link.index)),
         }
     }
 
@@ -51,8 +55,9 @@ impl Host {
     /// What the way out of the host can carry.
     pub(super) fn mtu(&self) -> u32 {
         let default = self.routes.iter().filter(|route| route.ipv4 && route.destination.is_none());
-        let link = default.min_by_key(|route| route.metric).map(|route| route.index);
-        self.links.iter().find(|it| Some(it.index) == link).map_or(MTU, |link| link.mtu)
+        let Some(way) = default.min_by_key(|route| route.metric) else { return MTU };
+        let link = Netlink::open().and_then(|mut it| it.get(Message::link(way.index), LinkEntry::parse));
+        link.ok().flatten().map_or(MTU, |link| link.mtu)
     }
 
     /// The subnet of the bridge that is asked for, which is made if it is not there or nobody's.

@@ -60,10 +60,9 @@ impl Ledger {
         };
         for item in list {
             let path = item?.path();
-            if is_held(&path)? {
-                entries.push(serde_json::from_slice(&fs::read(&path)?)?);
-            } else {
-                fs::remove_file(&path)?;
+            match held(&path)? {
+                Some(lease) => entries.push(serde_json::from_str(&io::read_to_string(lease)?)?),
+                None => fs::remove_file(&path)?,
             }
         }
         entries.sort_by_key(|entry: &Entry| entry.ip);
@@ -87,11 +86,11 @@ impl Ledger {
     }
 }
 
-/// Whether somebody has the file locked.
-fn is_held(path: &Path) -> io::Result<bool> {
+/// The file, if somebody has it locked.
+fn held(path: &Path) -> io::Result<Option<File>> {
     match Flock::lock(File::open(path)?, FlockArg::LockExclusiveNonblock) {
-        Ok(_) => Ok(false),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(true),
+        Ok(_) => Ok(None),
+        Err((file, nix::errno::Errno::EWOULDBLOCK)) => Ok(Some(file)),
         Err((_, error)) => Err(error.into()),
     }
 }

@@ -53,6 +53,16 @@ impl Message {
         Self::new(libc::RTM_GETLINK, &[&header(0, false)])
     }
 
+    /// Links of one driver. A kernel that does not know it lists all.
+    pub(in crate::net) fn links_of(kind: &str) -> Self {
+        Self::links().nest(libc::IFLA_LINKINFO, |info| info.text(libc::IFLA_INFO_KIND, kind))
+    }
+
+    /// One link.
+    pub(in crate::net) fn link(index: u32) -> Self {
+        Self::new(libc::RTM_GETLINK, &[&header(index, false)])
+    }
+
     /// Sets a link's largest packet in bytes and brings it up.
     pub(in crate::net) fn raise(index: u32, mtu: Option<u32>) -> Self {
         let message = Self::new(libc::RTM_NEWLINK, &[&header(index, true)]);

@@ -53,6 +53,12 @@ impl Message {
         self
     }
 
+    /// Asks for IPv4's alone: all fixed headers begin with the family.
+    pub(in crate::net) fn of_ipv4(mut self) -> Self {
+        self.bytes[HEADER] = u8::try_from(libc::AF_INET).unwrap_or_default();
+        self
+    }
+
     pub(super) fn dump(mut self) -> Self {
         self.flags |= libc::NLM_F_DUMP;
         self

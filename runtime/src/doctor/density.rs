@@ -7,6 +7,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use super::Row;
 use super::host::{available_mib, number};
 use crate::cgroup;
+use crate::net::{BRIDGE_MACHINES, BRIDGE_PORTS, DEFAULT_GUESTS};
 
 /// Threads of one container: its machine's (one per CPU, the I/O loops, control) and those of the process that owns it.
 const THREADS: u64 = 16;
@@ -18,8 +19,6 @@ const WATCHES: u64 = 2;
 const MEMORY_KIB: u64 = 6 * 1024;
 /// Entries of the neighbour table: the host's of the guest, for IPv4 and IPv6.
 const NEIGHBOURS: u64 = 2;
-/// Ports a bridge of Linux has room for (`BR_MAX_PORTS` is 1024, and 0 is none).
-const BRIDGE_PORTS: u64 = 1023;
 /// What else runs on a host.
 const OTHERS: u64 = 4096;
 
@@ -99,18 +98,33 @@ fn cgroup_pids(wanted: u64) -> Row {
     }
 }
 
+/// A network of mvm's own spreads over as many bridges as it takes; its addresses are what ends. A bridge that is
+/// there already is one.
 fn bridge(count: u64) -> Row {
-    if count <= BRIDGE_PORTS {
-        return Row::ok("bridge ports", format!("a bridge has {BRIDGE_PORTS}"));
+    let check = "bridge ports";
+    let bridges = match count.div_ceil(u64::from(BRIDGE_MACHINES)) {
+        0 | 1 => "one bridge".to_owned(),
+        bridges => format!("{bridges} bridges of {BRIDGE_MACHINES} machines each"),
+    };
+    if count > DEFAULT_GUESTS {
+        let room = count.saturating_add(3).checked_next_power_of_two().map_or(0, u64::trailing_zeros);
+        let remedy = match 32u32.saturating_sub(room) {
+            prefix @ 8.. if room > 0 => format!("name a wider one: --net nat:10.0.0.0/{prefix}"),
+            _ => "no subnet is wide enough".to_owned(),
+        };
+        return Row::warn(
+            check,
+            format!("{bridges}, but the subnet of --net nat has {DEFAULT_GUESTS} addresses"),
+            remedy,
+        );
     }
-    Row::warn(
-        "bridge ports",
-        format!("a bridge has {BRIDGE_PORTS}, {count} wanted"),
-        format!(
-            "spread them over {} networks: --net nat:10.90.0.0/22, --net nat:10.90.4.0/22 and so on",
-            count.div_ceil(BRIDGE_PORTS)
-        ),
-    )
+    if count > u64::from(BRIDGE_PORTS) {
+        return Row::ok(
+            check,
+            format!("{bridges} for --net nat and host-only; --net bridge:NAME takes {BRIDGE_PORTS}"),
+        );
+    }
+    Row::ok(check, format!("{bridges} for --net nat and host-only"))
 }
 
 #[cfg(test)]
@@ -121,7 +135,16 @@ mod tests {
     #[test]
     fn few_fit_everywhere_and_a_million_nowhere() {
         assert_eq!(bridge(1023).status, Status::Ok);
-        assert!(bridge(1024).remedy.contains("2 networks"));
+        let two = bridge(1024);
+        assert_eq!(two.status, Status::Ok);
+        assert!(two.found.starts_with("2 bridges of 1018"), "{}", two.found);
+        assert_eq!(bridge(4093).status, Status::Ok);
+        // Network, host and broadcast are no guests'.
+        for (count, prefix) in [(4094, "/19"), (8189, "/19"), (8190, "/18"), ((1 << 24) - 3, "/8")] {
+            assert!(bridge(count).remedy.ends_with(prefix), "{count}: {}", bridge(count).remedy);
+        }
+        assert_eq!(bridge(1 << 24).remedy, "no subnet is wide enough");
+        assert_eq!(bridge(u64::MAX).remedy, "no subnet is wide enough");
         assert_eq!(memory(1).status, Status::Ok);
         assert_eq!(memory(u64::MAX).status, Status::Warn);
         let rows = rows(1 << 40);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use mvm_protocol::{Configure, Interface, Route};
 
-use super::bridge::{DIR, Kind, Port, PortRequest, Subnet, plug};
+use super::bridge::{DIR, Kind, MACHINES, Port, PortRequest, Subnet, plug};
 use super::dns::resolv_conf;
 use super::{Choice, Net, Netns, Publish, TapNet, TcpProfile, Twin, mac_of, scan, twin};
 use crate::failure::Failure;
@@ -116,7 +116,8 @@ impl NetRequest {
         kind: Kind,
         subnet: Option<Subnet>,
     ) -> Result<Connection, Failure> {
-        let request = PortRequest { machine, kind, subnet, mtu: self.mtu, publish: &self.publish };
+        let request =
+            PortRequest { machine, kind, machines: MACHINES, subnet, mtu: self.mtu, publish: &self.publish };
         let port = Port::make(dir, &request)?;
         let place = self.place(&TapNet {
             name: String::new(),

@@ -21,6 +21,7 @@ mod tests;
 mod twin;
 mod watch;
 
+pub(crate) use bridge::{DEFAULT_GUESTS, MACHINES as BRIDGE_MACHINES, PORTS as BRIDGE_PORTS};
 pub use bridge::{NotASubnet, Subnet, sweep, sweep_leases};
 pub use choice::{Choice, Net, NotANet, OpenTap, TapNet, mac_of};
 pub use connection::{Connection, NetRequest};

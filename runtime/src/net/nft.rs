@@ -34,6 +34,8 @@ const NFTA_RULE_EXPRESSIONS: u16 = 4;
 /// Where packets are seen by a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hook {
+    /// Those that arrive, before it is known what connection they belong to.
+    Raw,
     /// Those that arrive, to have their destination changed.
     Prerouting,
     /// Those sent from here, to have their destination changed.
@@ -49,6 +51,7 @@ pub(super) enum Hook {
 impl Hook {
     fn name(self) -> &'static str {
         match self {
+            Self::Raw => "raw",
             Self::Prerouting => "prerouting",
             Self::Output => "output",
             Self::Postrouting => "postrouting",
@@ -60,6 +63,7 @@ impl Hook {
     /// The chain's type, the hook's number, and the priority usual for the type.
     fn place(self) -> (&'static str, i32, i32) {
         match self {
+            Self::Raw => ("filter", libc::NF_INET_PRE_ROUTING, -300),
             Self::Prerouting => ("nat", libc::NF_INET_PRE_ROUTING, -100),
             Self::Output => ("nat", libc::NF_INET_LOCAL_OUT, -100),
             Self::Postrouting => ("nat", libc::NF_INET_POST_ROUTING, 100),

@@ -3,6 +3,7 @@
 mod bridges;
 mod forwarding;
 mod guest;
+mod many;
 mod pod;
 mod scanning;
 mod twins;

@@ -33,6 +33,9 @@ pub(super) struct Entry {
     pub(super) ip: Ipv4Addr,
     /// Its published ports.
     pub(super) ports: Vec<Publish>,
+    /// Which of the network's bridges it is on.
+    #[serde(default)]
+    pub(super) branch: u32,
 }
 
 /// An address of ours. The file stays until the ledger is asked to remove it, the lock goes with this.
@@ -101,7 +104,7 @@ mod tests {
 
     fn entry(last: u8) -> Entry {
         let ports = vec!["8080:80/udp".parse().unwrap()];
-        Entry { machine: format!("m{last}"), ip: Ipv4Addr::new(10, 0, 0, last), ports }
+        Entry { machine: format!("m{last}"), ip: Ipv4Addr::new(10, 0, 0, last), ports, branch: 0 }
     }
 
     #[test]

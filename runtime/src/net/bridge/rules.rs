@@ -19,6 +19,7 @@ const LOOPBACK: Address = Address { ip: std::net::IpAddr::V4(Ipv4Addr::LOCALHOST
 /// Rules by where they apply.
 #[derive(Debug, Default)]
 pub(super) struct Rules {
+    raw: Vec<Rule>,
     prerouting: Vec<Rule>,
     output: Vec<Rule>,
     postrouting: Vec<Rule>,
@@ -56,15 +57,25 @@ impl Rules {
         }
     }
 
+    /// Adds what makes a further bridge of a network a mere switch.
+    pub(super) fn switch(&mut self, bridge: &str) {
+        self.raw.push(Rule::new().came_in_on(bridge).untracked());
+        self.input.push(Rule::new().came_in_on(bridge).discard());
+        self.forward.push(Rule::new().came_in_on(bridge).not_goes_out_on(bridge).discard());
+    }
+
     /// Puts them in place of those that are there, all at once.
     pub(super) fn install(self) -> Result<(), Failure> {
-        let chains = vec![
+        let mut chains = vec![
             (Hook::Prerouting, self.prerouting),
             (Hook::Output, self.output),
             (Hook::Postrouting, self.postrouting),
             (Hook::Forward, self.forward),
             (Hook::Input, self.input),
         ];
+        if !self.raw.is_empty() {
+            chains.push((Hook::Raw, self.raw));
+        }
         Table { name: TABLE, chains }
             .install()
             .context(|| "cannot set the rules of nftables".to_owned())

@@ -73,6 +73,12 @@ impl Message {
         self
     }
 
+    /// Bytes that are no attribute: a header within one.
+    pub(super) fn fixed(mut self, bytes: &[u8]) -> Self {
+        self.bytes.extend_from_slice(bytes);
+        self
+    }
+
     /// A text with the NUL that ends it.
     pub(in crate::net) fn text(self, kind: u16, text: &str) -> Self {
         let mut bytes = text.as_bytes().to_vec();

@@ -177,6 +177,11 @@ impl Rule {
             })
     }
 
+    /// Then nobody asks what connection it belongs to.
+    pub(in crate::net) fn untracked(self) -> Self {
+        self.expression("notrack", |notrack| notrack)
+    }
+
     /// Then it is dropped.
     pub(in crate::net) fn discard(self) -> Self {
         self.expression("immediate", |immediate| {

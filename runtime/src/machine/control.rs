@@ -198,8 +198,9 @@ impl Control {
         let client = place.as_mut().ok_or_else(|| io::Error::from(ErrorKind::NotConnected))?;
         client.set_patience(time)?;
         let answer = client.call_with(request, files);
-        // A refusal is of this kind; anything else says that the connection is of no more use.
-        if answer.as_ref().is_err_and(|error| error.kind() != ErrorKind::Other) {
+        // Refusals are of these kinds; anything else says that the connection is of no more use.
+        let refusals = [ErrorKind::Other, ErrorKind::ResourceBusy];
+        if answer.as_ref().is_err_and(|error| !refusals.contains(&error.kind())) {
             *place = None;
         }
         answer
@@ -225,14 +226,27 @@ pub(crate) mod tests {
 
     /// A machine that answers each request with the next of `answers`, then closes. Returns what was asked.
     pub(crate) fn answering(answers: &'static [&str]) -> (Control, std::thread::JoinHandle<Vec<String>>) {
+        played(answers.iter().copied())
+    }
+
+    /// A machine that is busy whatever it is asked, until nobody is there. Returns what was asked.
+    pub(crate) fn busy() -> (Control, std::thread::JoinHandle<Vec<String>>) {
+        played(std::iter::repeat(r#"{"busy":"a device is busy"}"#))
+    }
+
+    fn played(
+        answers: impl Iterator<Item = &'static str> + Send + 'static,
+    ) -> (Control, std::thread::JoinHandle<Vec<String>>) {
         let (near, far) = UnixStream::pair().unwrap();
         let host = std::thread::spawn(move || {
             let mut reader = BufReader::new(far);
-            let asked = answers.iter().map(|answer| {
+            let asked = answers.map_while(|answer| {
                 let mut line = String::new();
-                reader.read_line(&mut line).unwrap();
+                if reader.read_line(&mut line).unwrap() == 0 {
+                    return None;
+                }
                 writeln!(reader.get_mut(), "{answer}").unwrap();
-                line.trim().to_owned()
+                Some(line.trim().to_owned())
             });
             asked.collect()
         });
@@ -282,10 +296,16 @@ pub(crate) mod tests {
 
     #[test]
     fn a_refusal_is_said_and_leaves_the_connection_and_an_end_does_not() {
-        let (control, host) = answering(&[r#"{"error":"the guest uses it"}"#, r#"{"ok":{}}"#]);
+        let (control, host) = answering(&[
+            r#"{"error":"the guest uses it"}"#,
+            r#"{"busy":"a device is busy"}"#,
+            r#"{"ok":{}}"#,
+        ]);
         let refused = control.detach_disk("d").unwrap_err().report();
         assert!(refused.contains(r#"cannot detach disk "d" of machine m"#), "{refused}");
         assert!(refused.contains("the guest uses it"), "{refused}");
+        let busy = control.detach_disk("d").unwrap_err();
+        assert_eq!(busy.source_kind(), Some(ErrorKind::ResourceBusy), "{}", busy.report());
         control.detach(DeviceName::Number(3), true).unwrap();
         host.join().unwrap();
         for _ in 0..2 {

@@ -11,7 +11,7 @@ mod start;
 pub use calls::{Calls, VSOCK_SOCKET};
 pub use control::Control;
 #[cfg(test)]
-pub(crate) use control::tests::answering;
+pub(crate) use control::tests::{answering, busy};
 pub use mvm_vmm::control::{Attached, DeviceName, Memory, Snapshot as Saved};
 pub use plan::{ConsoleKind, Disk, Kernel, Net, NotADisk, OpenTap, Origin, Plan, Snapshot, TapNet};
 #[cfg(test)]

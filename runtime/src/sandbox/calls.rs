@@ -159,6 +159,8 @@ impl Sandbox for MachineSandbox {
             && let Err(failure) = self.grow(&mut growth, &live, self.memory_with(container, limit))
         {
             if sizes.memory > self.size.memory.bytes() {
+                // A container that went meanwhile has left that to whoever changes limits.
+                self.shrink(&mut growth, &live);
                 return Err(Failure::because(failed(), failure));
             }
             // The machine has as much as this container may have; it is only less than all of them may together.

@@ -6,31 +6,20 @@
 //! no such device.
 
 use std::sync::{MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mvm_devices::virtio::mem::STEP_MIB;
 use mvm_vmm::config::MemSize;
 
 use super::machine::MachineSandbox;
+pub(super) use super::plugging::Growth;
+use super::plugging::Guest;
 use super::stage::Live;
-use crate::failure::{Context, Failure};
-use crate::machine::Control;
+use crate::failure::Failure;
 use crate::spec::{Size, memory_for};
 
 /// How long a guest may take to plug memory: an emulated one plugs 4 GiB in a second.
 const PLUG_TIME: Duration = Duration::from_secs(30);
-/// How often it is looked whether it has.
-const INTERVAL: Duration = Duration::from_millis(10);
-
-/// What a machine was given beyond its size.
-#[derive(Debug, Default)]
-pub(super) struct Growth {
-    /// It has the device for it.
-    pub(super) is_attached: bool,
-    /// What it is to have in all, in MiB, if that is more than its size.
-    mib: u64,
-}
 
 impl MachineSandbox {
     /// MiB it can be given while it runs: what its host has besides, in the steps that memory comes in.
@@ -68,77 +57,26 @@ impl MachineSandbox {
 
     /// Gives it `wanted` in all, if it is to have less, and waits until its guest has that.
     pub(super) fn grow(&self, growth: &mut Growth, live: &Live, wanted: MemSize) -> Result<(), Failure> {
-        if wanted.mib() <= growth.mib.max(self.size.memory.mib()) {
+        if wanted <= self.size.memory {
             return Ok(());
         }
-        let control = live.control();
-        if !growth.is_attached {
-            control.attach_memory(self.pluggable_mib())?;
-            growth.is_attached = true;
-        }
-        let found = live.agent.rescan().context(|| "cannot have the guest look for its memory".to_owned());
-        if let Err(failure) = found.and_then(|()| plug(&control, wanted.mib())) {
-            // What it has plugged is of no use to anybody now.
-            if let Err(failure) = control.memory(Some(growth.mib)) {
-                log::warn!("{}", failure.report());
-            }
-            return Err(failure);
-        }
-        growth.mib = wanted.mib();
-        Ok(())
+        let guest = Guest { control: &live.control(), agent: &live.agent, patience: PLUG_TIME };
+        growth.grow(&guest, self.pluggable_mib(), wanted.mib())
     }
 
     /// Takes back what it was given beyond what the limits that hold now call for. Its guest gives it back when it can:
     /// nobody waits for that.
     pub(super) fn shrink(&self, growth: &mut Growth, live: &Live) {
         let wanted = self.memory_for(self.members().values().map(|member| member.memory));
-        if wanted.mib() >= growth.mib {
-            return;
-        }
-        growth.mib = wanted.mib();
-        let control = live.control();
-        if let Err(failure) = control.memory(Some(wanted.mib())) {
+        if let Err(failure) = growth.shrink(&live.control(), wanted.mib()) {
             log::warn!("{}", failure.report());
         }
     }
 }
 
-/// Waits until the guest has plugged what makes it `mib` in all.
-fn plug(control: &Control, mib: u64) -> Result<(), Failure> {
-    let end = Instant::now() + PLUG_TIME;
-    let mut now = control.memory(Some(mib))?;
-    while now.plugged_mib < now.size_mib {
-        if Instant::now() >= end {
-            let has = format!("the guest has {} of the {} MiB it was given", now.plugged_mib, now.size_mib);
-            return Err(Failure::new(has).help("its kernel needs CONFIG_VIRTIO_MEM: use the one of mvm"));
-        }
-        thread::sleep(INTERVAL);
-        now = control.memory(None)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::machine::answering;
     use crate::sandbox::machine::tests::{alone, planned};
-
-    #[test]
-    fn a_guest_is_waited_for_until_it_has_what_it_was_given() {
-        let (control, host) = answering(&[
-            r#"{"ok":{"size_mib":640,"plugged_mib":128,"max_mib":1152}}"#,
-            r#"{"ok":{"size_mib":640,"plugged_mib":512,"max_mib":1152}}"#,
-            r#"{"ok":{"size_mib":640,"plugged_mib":640,"max_mib":1152}}"#,
-            r#"{"error":"4000 MiB are more than this machine can have: at most 1152 MiB"}"#,
-        ]);
-        plug(&control, 640).unwrap();
-        let refused = plug(&control, 4000).unwrap_err().report();
-        assert!(refused.contains("at most 1152 MiB"), "{refused}");
-        let asked = host.join().unwrap();
-        let (first, then) = (r#"{"command":"memory","size_mib":640}"#, r#"{"command":"memory"}"#);
-        assert_eq!(asked, [first, then, then, r#"{"command":"memory","size_mib":4000}"#]);
-    }
 
     #[test]
     fn a_machine_needs_more_once_its_limits_are_more_than_its_size() {

@@ -15,6 +15,7 @@ mod launcher;
 mod limits;
 mod machine;
 mod member;
+mod plugging;
 mod restore;
 mod save;
 mod shares;

@@ -1,6 +1,6 @@
 //! The control socket: one JSON object per line each way. A request gets one reply, in order.
 //!
-//! `{"command":"pause"}` is answered by `{"ok":{}}` or `{"error":"…"}`. Files that a request names come with it
+//! `{"command":"pause"}` is answered by `{"ok":{}}`, `{"error":"…"}`, or `{"busy":"…"}`. Files that a request names come with it
 //! (`SCM_RIGHTS`), no later than its last byte; the request names each by its place, from 0.
 
 pub(crate) mod server;
@@ -100,6 +100,8 @@ pub enum Reply {
     Ok(Answer),
     /// It was not done, and why.
     Error(String),
+    /// It was not done because something is busy at this moment: asked again it may be.
+    Busy(String),
 }
 
 /// What a successful request brought.
@@ -257,7 +259,8 @@ impl Client {
         self.stream.get_ref().set_read_timeout(Some(time))
     }
 
-    /// Sends a request and waits for its reply; a reply that is an error becomes one.
+    /// Sends a request and waits for its reply; a reply that is an error becomes one, of the kind
+    /// [`io::ErrorKind::ResourceBusy`] if it can be asked again.
     pub fn call(&mut self, request: &Request) -> io::Result<Answer> {
         self.call_with(request, &[])
     }
@@ -276,6 +279,7 @@ impl Client {
         match serde_json::from_str(&reply).map_err(io::Error::other)? {
             Reply::Ok(answer) => Ok(answer),
             Reply::Error(text) => Err(io::Error::other(text)),
+            Reply::Busy(text) => Err(io::Error::new(io::ErrorKind::ResourceBusy, text)),
         }
     }
 
@@ -312,6 +316,7 @@ mod tests {
         }
         assert_eq!(serde_json::to_string(&Reply::Ok(Answer::Done {})).unwrap(), r#"{"ok":{}}"#);
         assert_eq!(serde_json::to_string(&Reply::Error("x".into())).unwrap(), r#"{"error":"x"}"#);
+        assert_eq!(serde_json::to_string(&Reply::Busy("x".into())).unwrap(), r#"{"busy":"x"}"#);
         assert!(serde_json::from_str::<Request>(r#"{"command":"fly"}"#).is_err());
     }
 

@@ -48,7 +48,7 @@ impl Subject<'_> {
             Request::Balloon { target_mib } => self.balloon(*target_mib),
             Request::Memory { size_mib } => match self.memory(*size_mib) {
                 Ok(memory) => Reply::Ok(Answer::Memory(memory)),
-                Err(why) => Reply::Error(why),
+                Err(refusal) => refusal,
             },
             Request::Attach { device } => self.attach(device, files),
             Request::Snapshot { resume, contents, base } => {
@@ -76,7 +76,7 @@ impl Subject<'_> {
                 Ok(Some(_)) => {
                     return Reply::Error("a disk of this serial number is attached already".to_owned());
                 }
-                Err(busy) => return Reply::Error(busy.to_owned()),
+                Err(busy) => return Reply::Busy(busy.to_owned()),
             },
         }
         if matches!(spec, DeviceSpec::Mem(_)) {
@@ -87,7 +87,7 @@ impl Subject<'_> {
                         "there is such a device already: memory is plugged by one alone".to_owned(),
                     );
                 }
-                Err(busy) => return Reply::Error(busy.to_owned()),
+                Err(busy) => return Reply::Busy(busy.to_owned()),
             }
         }
         let spec = &placed(spec, self.config);
@@ -111,7 +111,7 @@ impl Subject<'_> {
         let number = match number {
             Ok(Some(number)) => number,
             Ok(None) => return Reply::Error("there is no disk of this serial number".to_owned()),
-            Err(busy) => return Reply::Error(busy.to_owned()),
+            Err(busy) => return Reply::Busy(busy.to_owned()),
         };
         let device = match self.machine.bus.pci.remove_virtio(number, force) {
             Ok(device) => device,
@@ -158,11 +158,11 @@ impl Subject<'_> {
                 reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
             }
         });
-        if busy > 0 && matches!(reply, Reply::Error(_)) { Reply::Error(BUSY.to_owned()) } else { reply }
+        if busy > 0 && matches!(reply, Reply::Error(_)) { Reply::Busy(BUSY.to_owned()) } else { reply }
     }
 
     /// Has the guest have `size_mib` in all, and tells where it stands.
-    fn memory(&self, size_mib: Option<u64>) -> Result<Memory, String> {
+    fn memory(&self, size_mib: Option<u64>) -> Result<Memory, Reply> {
         let mut reply = None;
         let busy = self.machine.bus.pci.for_each_virtio(|_, device| {
             let device = &device.function;
@@ -174,11 +174,14 @@ impl Subject<'_> {
                 let Standing { region, requested, plugged, .. } = mem::standing(space);
                 let [max_mib, size_mib, plugged_mib] =
                     [region, requested, plugged].map(|bytes| self.config.memory.mib() + (bytes >> 20));
-                reply = Some(resized.map(|()| Memory { size_mib, plugged_mib, max_mib }));
+                let memory = Memory { size_mib, plugged_mib, max_mib };
+                reply = Some(resized.map(|()| memory).map_err(Reply::Error));
             }
         });
         let none = "this machine keeps the memory it has: it is without the device `mem`";
-        reply.unwrap_or_else(|| Err(if busy > 0 { BUSY } else { none }.to_owned()))
+        reply.unwrap_or_else(|| {
+            Err(if busy > 0 { Reply::Busy(BUSY.to_owned()) } else { Reply::Error(none.to_owned()) })
+        })
     }
 
     /// Has the device of this configuration space plug what makes it `mib` in all.

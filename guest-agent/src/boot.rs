@@ -20,6 +20,7 @@ use nix::{
 use crate::{
     cgroup, kmsg, network,
     step::{Kernel, Linux, MountCall, Step},
+    sys,
 };
 
 /// What the agent is: a machine's PID 1, or a program tried out on a developer's machine.
@@ -47,6 +48,10 @@ impl Role {
 
 /// What must be there before the hello.
 pub(crate) fn early(role: Role) {
+    // Here once, for itself and for every process it starts: what is handled or ignored is inherited.
+    if let Err(errno) = sys::reset_signals() {
+        kmsg::say(&format!("cannot reset signals: {errno}"));
+    }
     let blocked = SigSet::all();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None);
     if role == Role::Init {

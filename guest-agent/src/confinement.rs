@@ -38,7 +38,7 @@ pub(crate) fn steps<'a>(confinement: &Confinement, credentials: Step<'a>) -> Res
             Step::Capabilities(sets),
         ]),
     }
-    steps.push(Step::ResetSignals);
+    steps.push(Step::UnblockSignals);
     steps.extend(late);
     Ok(steps)
 }
@@ -101,7 +101,7 @@ mod tests {
             "Credentials",
             "KeepCapabilities",
             "Capabilities",
-            "ResetSignals",
+            "UnblockSignals",
             "FilterSystemCalls",
         ];
         assert_eq!(plan(&full()), expected);
@@ -111,12 +111,12 @@ mod tests {
     fn without_it_the_filter_comes_while_the_capability_for_it_is_still_there() {
         let steps = plan(&Confinement { no_new_privileges: false, ..full() });
         assert_eq!(steps[3..5], ["FilterSystemCalls", "BoundCapabilities"]);
-        assert_eq!(steps.last().unwrap(), "ResetSignals");
+        assert_eq!(steps.last().unwrap(), "UnblockSignals");
     }
 
     #[test]
     fn a_process_that_is_not_confined_only_changes_its_user() {
-        assert_eq!(plan(&Confinement::default()), ["Credentials", "ResetSignals"]);
+        assert_eq!(plan(&Confinement::default()), ["Credentials", "UnblockSignals"]);
     }
 
     #[test]

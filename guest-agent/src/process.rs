@@ -212,7 +212,7 @@ mod tests {
             "Umask",
             "WorkingDirectory",
             "Credentials",
-            "ResetSignals",
+            "UnblockSignals",
         ];
         assert_eq!(plan(&start("/"), &Surroundings::default()), expected);
     }

@@ -20,6 +20,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
     sys::{
         prctl::{set_keepcaps, set_no_new_privs},
+        signal::SigSet,
         stat::{Mode, SFlag, fstat, lstat, makedev, mknod, stat, umask},
     },
     unistd::{
@@ -86,8 +87,8 @@ pub(crate) enum Step<'a> {
     WorkingDirectory { path: CString, parents: Vec<CString> },
     /// Groups, then group, then user.
     Credentials { uid: Uid, gid: Gid, groups: Vec<Gid> },
-    /// Default dispositions, nothing blocked.
-    ResetSignals,
+    /// Nothing blocked. The dispositions are the agent's, who has none but the default ones.
+    UnblockSignals,
     /// setrlimit(2).
     LimitResource(Rlimit),
     /// sched_setattr(2).
@@ -212,7 +213,7 @@ impl Kernel for Linux {
                 setresgid(*gid, *gid, *gid)?;
                 setresuid(*uid, *uid, *uid)
             }
-            Step::ResetSignals => sys::reset_signals(),
+            Step::UnblockSignals => SigSet::empty().thread_set_mask(),
             Step::LimitResource(limit) => confine::limit_resource(limit),
             Step::Schedule(scheduler) => confine::schedule(scheduler),
             Step::IoPriority(priority) => confine::set_io_priority(*priority),
@@ -373,7 +374,7 @@ impl fmt::Display for Step<'_> {
             Self::Umask(_) => write!(f, "cannot set the umask"),
             Self::WorkingDirectory { path, .. } => write!(f, "cannot enter working directory {}", text(path)),
             Self::Credentials { uid, gid, .. } => write!(f, "cannot become user {uid} group {gid}"),
-            Self::ResetSignals => write!(f, "cannot reset signals"),
+            Self::UnblockSignals => write!(f, "cannot unblock signals"),
             Self::LimitResource(limit) => write!(f, "cannot set resource limit {}", limit.resource),
             Self::Schedule(it) => write!(f, "cannot set scheduling policy {} nice {}", it.policy, it.nice),
             Self::IoPriority(priority) => write!(f, "cannot set I/O priority {priority:#x}"),

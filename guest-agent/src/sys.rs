@@ -15,7 +15,6 @@ use mvm_protocol::ExitStatus;
 use nix::{
     Result,
     errno::Errno,
-    sys::signal::SigSet,
     unistd::{ForkResult, Pid},
 };
 
@@ -190,8 +189,8 @@ pub(crate) fn thaw_filesystem(directory: BorrowedFd<'_>) -> Result<()> {
     Errno::result(unsafe { libc::ioctl(directory.as_raw_fd(), FITHAW, 0) }).map(drop)
 }
 
-/// Gives every signal its default disposition and unblocks it. By the system call itself, because the C
-/// library keeps its hands on two signals that may have been inherited as ignored.
+/// Gives every signal its default disposition. By the system call itself, because the C library keeps its hands on two
+/// signals that may have been inherited as ignored.
 pub(crate) fn reset_signals() -> Result<()> {
     /// The kernel's `struct sigaction`: handler, flags, restorer, mask. All zero is the default.
     const DEFAULT: [u64; 4] = [0; 4];
@@ -200,7 +199,7 @@ pub(crate) fn reset_signals() -> Result<()> {
         // SAFETY: the kernel reads one sigaction from `DEFAULT`, and writes no old one.
         Errno::result(unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &DEFAULT, none, size) })?;
     }
-    SigSet::empty().thread_set_mask()
+    Ok(())
 }
 
 /// Reaps one child that has ended, if there is one; nix would lose those killed by a real-time signal.

@@ -65,9 +65,11 @@ pub(super) fn identity() -> Identity {
     Identity { hostname: "otter".to_owned(), machine_id: MACHINE_ID, wall_clock_ns: 0, entropy: [0; 32] }
 }
 
-/// The agent as a child that dials `<dir>/vsock_<port>`.
+/// The agent as a child that dials `<dir>/vsock_<port>`, by somebody who ignores some signals.
 pub(super) fn start_agent(dir: &Path) -> Child {
-    Command::new(agent_binary())
+    Command::new("/bin/sh")
+        .args(["-c", "trap '' HUP USR1 PIPE; exec \"$0\""])
+        .arg(agent_binary())
         .env("MVM_AGENT_DIAL", format!("unix:{}", dir.join("vsock").display()))
         .env("MVM_AGENT_DIR", dir.join("mvm"))
         .stdin(Stdio::null())

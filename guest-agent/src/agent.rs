@@ -130,7 +130,7 @@ impl Agent {
                 self.serve(event.data(), event.events());
             }
             self.keep_deadlines();
-            self.watch_control();
+            self.flush_control();
         }
     }
 
@@ -251,8 +251,10 @@ impl Agent {
                 return Err(Lost);
             }
             HostMessage::Request { id, request } => {
+                // Nobody waits to hear that a process is forgotten: that goes with what comes next.
+                let now = !matches!(request, mvm_protocol::Request::Forget { .. });
                 if let Some(result) = self.handle(id, request) {
-                    self.respond(id, result);
+                    self.send(&GuestMessage::Response { id, result: result.map_err(Into::into) }, now);
                 }
             }
         }
@@ -261,7 +263,7 @@ impl Agent {
 
     /// Answers a request.
     pub(crate) fn respond(&mut self, id: u64, result: Result<mvm_protocol::Reply>) {
-        self.send(&GuestMessage::Response { id, result: result.map_err(Into::into) });
+        self.send(&GuestMessage::Response { id, result: result.map_err(Into::into) }, true);
     }
 
     /// Reports the exit of a process, if it is to be, and before it the kills for want of memory that it may be one of:
@@ -278,13 +280,14 @@ impl Agent {
     /// Reports an event, if there is one and a host to hear it. A lost exit is repeated later.
     pub(crate) fn emit(&mut self, event: Option<Event>) {
         if let (Some(event), Link::Up { control: Control { greeted: true, .. }, .. }) = (event, &self.link) {
-            self.send(&GuestMessage::Event(event));
+            self.send(&GuestMessage::Event(event), true);
         }
     }
 
-    fn send(&mut self, message: &GuestMessage) {
+    /// Sends a message `now`, or at the latest before the loop waits.
+    fn send(&mut self, message: &GuestMessage, now: bool) {
         if let Link::Up { control, .. } = &mut self.link
-            && control.send(message).is_err()
+            && control.send(message, now).is_err()
         {
             self.hang_up();
         }
@@ -304,7 +307,7 @@ impl Agent {
         let event = EpollEvent::new(interest, CONTROL);
         self.epoll.add(control.socket(), event).context(|| "cannot watch the control connection".into())?;
         self.link = Link::Up { control, interest };
-        self.send(&GuestMessage::Hello(hello));
+        self.send(&GuestMessage::Hello(hello), true);
         Ok(())
     }
 
@@ -349,11 +352,14 @@ impl Agent {
         std::process::exit(0)
     }
 
-    /// Watches the control connection for room to write only while something waits to be written.
-    fn watch_control(&mut self) {
+    /// Sends what was put by, and watches the control connection for room to write only while something is left.
+    fn flush_control(&mut self) {
         let Link::Up { control, interest } = &mut self.link else {
             return;
         };
+        if control.flush().is_err() {
+            return self.hang_up();
+        }
         let mut wanted = EpollFlags::EPOLLIN;
         wanted.set(EpollFlags::EPOLLOUT, control.has_unsent());
         if wanted != *interest

@@ -18,6 +18,10 @@ const CHUNK: usize = 16 * 1024;
 pub(crate) struct Control {
     socket: OwnedFd,
     decoder: Decoder,
+    /// What is read goes here first; only as much of it as ever arrived at once is real memory.
+    chunk: Vec<u8>,
+    /// The last reading took everything there was.
+    drained: bool,
     unsent: Vec<u8>,
     /// The host has answered the hello.
     pub(crate) greeted: bool,
@@ -38,7 +42,8 @@ pub(crate) enum Incoming {
 impl Control {
     /// A connection that is non-blocking by now.
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, decoder: Decoder::new(), unsent: Vec::new(), greeted: false }
+        let (decoder, chunk) = (Decoder::new(), vec![0; CHUNK]);
+        Self { socket, decoder, chunk, drained: false, unsent: Vec::new(), greeted: false }
     }
 
     /// What epoll watches.
@@ -53,11 +58,14 @@ impl Control {
 
     /// Takes what has arrived; `false` when that is all for now.
     pub(crate) fn receive(&mut self) -> Result<bool, Lost> {
-        let mut chunk = [0; CHUNK];
-        match read(&self.socket, &mut chunk) {
+        if std::mem::take(&mut self.drained) {
+            return Ok(false);
+        }
+        match read(&self.socket, &mut self.chunk) {
             Ok(0) => Err(Lost),
             Ok(count) => {
-                self.decoder.push(&chunk[..count]);
+                self.decoder.push(&self.chunk[..count]);
+                self.drained = count < self.chunk.len();
                 Ok(true)
             }
             Err(Errno::EAGAIN) => Ok(false),
@@ -84,8 +92,8 @@ impl Control {
         }
     }
 
-    /// Sends a message, or keeps it until the host reads.
-    pub(crate) fn send(&mut self, message: &GuestMessage) -> Result<(), Lost> {
+    /// Sends a message, or keeps it until the host reads, or until [`Control::flush`] if it is not for `now`.
+    pub(crate) fn send(&mut self, message: &GuestMessage, now: bool) -> Result<(), Lost> {
         let frame = encode(message).map_err(|error| {
             kmsg::say(&format!("control connection dropped: {error}"));
             Lost
@@ -95,7 +103,7 @@ impl Control {
             return Err(Lost);
         }
         self.unsent.extend_from_slice(&frame);
-        self.flush()
+        if now { self.flush() } else { Ok(()) }
     }
 
     /// Writes what can be written.

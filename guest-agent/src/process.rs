@@ -23,8 +23,10 @@ use crate::{
 
 /// The process's side of its standard streams, and the agent's ends of those the host reads or writes.
 pub(crate) struct StdioFiles {
-    /// What becomes 0, 1 and 2.
-    pub(crate) inner: [OwnedFd; 3],
+    /// What becomes 0, 1 and 2; where there is nothing, `null` does.
+    inner: [Option<OwnedFd>; 3],
+    /// The null device, if it is needed.
+    null: Option<OwnedFd>,
     /// Whether they are a terminal.
     pub(crate) terminal: bool,
     /// The agent's ends, non-blocking, with the stream's token.
@@ -38,23 +40,36 @@ impl StdioFiles {
             Stdio::Terminal { stream, size } => Self::terminal(stream.0, *size, root),
             Stdio::Pipes { stdin, stdout, stderr } => {
                 let mut outer = Vec::new();
-                let mut make = |token: &Option<mvm_protocol::Token>, kind| match token {
-                    None => open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-                        .context(|| "cannot open /dev/null".into()),
-                    Some(token) => {
-                        let (inner, ours) = pipe(kind)?;
-                        outer.push((kind, token.0, ours));
-                        Ok(inner)
-                    }
+                let mut make = |token: &Option<mvm_protocol::Token>, kind| {
+                    let Some(token) = token else { return Ok(None) };
+                    let (inner, ours) = pipe(kind)?;
+                    outer.push((kind, token.0, ours));
+                    Ok(Some(inner))
                 };
                 let inner = [
                     make(stdin, Kind::Input)?,
                     make(stdout, Kind::Output)?,
                     make(stderr, Kind::ErrorOutput)?,
                 ];
-                Ok(Self { inner, terminal: false, outer })
+                let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+                let null = inner.iter().any(Option::is_none).then(null).transpose();
+                let null = null.context(|| "cannot open /dev/null".into())?;
+                Ok(Self { inner, null, terminal: false, outer })
             }
         }
+    }
+
+    /// The steps that make them the standard streams of a user's process. The null device is everybody's.
+    fn steps(&self, uid: u32) -> Vec<Step<'_>> {
+        let files = self.inner.iter().filter_map(|file| file.as_ref().or(self.null.as_ref()));
+        let mut steps: Vec<_> =
+            files.zip(0..).map(|(file, to)| Step::Stdio { from: file.as_fd(), to }).collect();
+        if self.terminal {
+            steps.push(Step::ControllingTerminal);
+        }
+        let own = |(fd, _)| Step::Try(Box::new(Step::OwnStdio { fd, uid }));
+        steps.extend((0..).zip(&self.inner).filter(|(_, file)| file.is_some()).map(own));
+        steps
     }
 
     fn terminal(token: u64, size: WindowSize, root: BorrowedFd<'_>) -> Result<Self> {
@@ -64,10 +79,9 @@ impl StdioFiles {
         sys::set_window_size(master.as_fd(), size.rows, size.columns)
             .context(|| "cannot set the terminal's size".into())?;
         let peer = sys::open_terminal_peer(master.as_fd()).context(|| "cannot open the terminal".into())?;
-        let again = || peer.try_clone().context(|| "cannot duplicate the terminal".into());
-        let inner =
-            [again()?, again()?, peer.try_clone().context(|| "cannot duplicate the terminal".into())?];
-        Ok(Self { inner, terminal: true, outer: vec![(Kind::Terminal, token, master)] })
+        let again = || peer.try_clone().context(|| "cannot duplicate the terminal".into()).map(Some);
+        let inner = [again()?, again()?, again()?];
+        Ok(Self { inner, null: None, terminal: true, outer: vec![(Kind::Terminal, token, master)] })
     }
 }
 
@@ -114,11 +128,7 @@ pub(crate) fn steps<'a>(
         steps.push(Step::Replace { call, above });
     }
     steps.push(Step::NewSession);
-    steps.extend(stdio.inner.iter().zip(0..).map(|(file, to)| Step::Stdio { from: file.as_fd(), to }));
-    if stdio.terminal {
-        steps.push(Step::ControllingTerminal);
-    }
-    steps.push(Step::Try(Box::new(Step::OwnStdio { uid: account.uid.as_raw() })));
+    steps.extend(stdio.steps(account.uid.as_raw()));
     steps.push(Step::CloseOthers { keep: report });
     steps.push(Step::Umask(start.confinement.umask.unwrap_or(0o022)));
     steps.push(working_directory(&start.cwd)?);

@@ -77,8 +77,8 @@ pub(crate) enum Step<'a> {
     ControllingTerminal,
     /// A standard stream: 0, 1 or 2.
     Stdio { from: BorrowedFd<'a>, to: i32 },
-    /// The standard streams belong to the user, so that /dev/stdout can be opened.
-    OwnStdio { uid: u32 },
+    /// A standard stream belongs to the user, so that /dev/stdout can be opened.
+    OwnStdio { fd: RawFd, uid: u32 },
     /// Close everything from 3 up but one.
     CloseOthers { keep: RawFd },
     /// umask(2).
@@ -201,7 +201,7 @@ impl Kernel for Linux {
             Step::NewSession => setsid().map(drop),
             Step::ControllingTerminal => sys::take_controlling_terminal(),
             Step::Stdio { from, to } => sys::make_stdio(*from, *to),
-            Step::OwnStdio { uid } => (0..3).try_for_each(|fd| sys::own_stdio(fd, *uid)),
+            Step::OwnStdio { fd, uid } => sys::own_stdio(*fd, *uid),
             Step::CloseOthers { keep } => sys::close_others(*keep),
             Step::Umask(mask) => {
                 umask(Mode::from_bits_truncate(*mask));
@@ -369,7 +369,7 @@ impl fmt::Display for Step<'_> {
             Self::NewSession => write!(f, "cannot start a session"),
             Self::ControllingTerminal => write!(f, "cannot take the controlling terminal"),
             Self::Stdio { from, to } => write!(f, "cannot make {} standard stream {to}", from.as_raw_fd()),
-            Self::OwnStdio { uid } => write!(f, "cannot give the standard streams to user {uid}"),
+            Self::OwnStdio { fd, uid } => write!(f, "cannot give standard stream {fd} to user {uid}"),
             Self::CloseOthers { .. } => write!(f, "cannot close the agent's descriptors"),
             Self::Umask(_) => write!(f, "cannot set the umask"),
             Self::WorkingDirectory { path, .. } => write!(f, "cannot enter working directory {}", text(path)),

@@ -9,6 +9,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
     sys::{
+        prctl::set_dumpable,
         reboot::{RebootMode, reboot},
         resource::{Resource, setrlimit},
         signal::{SigSet, SigmaskHow, sigprocmask},
@@ -48,6 +49,11 @@ impl Role {
 
 /// What must be there before the hello.
 pub(crate) fn early(role: Role) {
+    // A child shares the agent's memory until it is a program, and has its container's rights by then: others with the
+    // same rights are not to trace it.
+    if let Err(errno) = set_dumpable(false) {
+        kmsg::say(&format!("cannot keep others from tracing the agent: {errno}"));
+    }
     // Here once, for itself and for every process it starts: what is handled or ignored is inherited.
     if let Err(errno) = sys::reset_signals() {
         kmsg::say(&format!("cannot reset signals: {errno}"));

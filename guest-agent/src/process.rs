@@ -1,6 +1,6 @@
 //! Starting a process: its streams, the steps of its set-up, its program.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use mvm_protocol::{PidNamespace, Start, Stdio, WindowSize};
 use nix::{
@@ -111,14 +111,13 @@ pub(crate) fn environment(start: &Start, account: &Account) -> Vec<String> {
 }
 
 /// What the child does between fork and exec. Order matters: what needs the agent's /proc and descriptors
-/// first, then nothing but the report stays open, then the working directory (so that no path can lead to
+/// first, then nothing but its streams stays open, then the working directory (so that no path can lead to
 /// a descriptor of the agent's), and privileges last.
 pub(crate) fn steps<'a>(
     start: &Start,
     account: &Account,
     surroundings: &Surroundings<'a>,
     stdio: &'a StdioFiles,
-    report: RawFd,
 ) -> Result<Vec<Step<'a>>> {
     let oom_score_adj = start.oom_score_adj.to_string().into_bytes();
     let oom_step = Step::WriteFile { path: c"/proc/self/oom_score_adj".into(), bytes: oom_score_adj };
@@ -129,7 +128,7 @@ pub(crate) fn steps<'a>(
     }
     steps.push(Step::NewSession);
     steps.extend(stdio.steps(account.uid.as_raw()));
-    steps.push(Step::CloseOthers { keep: report });
+    steps.push(Step::CloseOthers);
     steps.push(Step::Umask(start.confinement.umask.unwrap_or(0o022)));
     steps.push(working_directory(&start.cwd)?);
     let groups = account.groups.clone();
@@ -178,7 +177,7 @@ mod tests {
     use mvm_protocol::{Token, User};
 
     use super::*;
-    use crate::{spawn::Report, surroundings};
+    use crate::surroundings;
 
     fn start(cwd: &str) -> Start {
         Start {
@@ -205,8 +204,7 @@ mod tests {
         let root = File::open("/").unwrap();
         let account = user::resolve(&start.user, root.as_fd()).unwrap();
         let stdio = StdioFiles::new(&start.stdio, root.as_fd()).unwrap();
-        let report = Report::new().unwrap();
-        names(&steps(start, &account, surroundings, &stdio, report.writer()).unwrap())
+        names(&steps(start, &account, surroundings, &stdio).unwrap())
     }
 
     #[test]

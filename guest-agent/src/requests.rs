@@ -23,7 +23,7 @@ use crate::{
     process::{self, StdioFiles, Surroundings, environment, set_nonblocking},
     root::Root,
     shutdown::Shutdown,
-    spawn::{PidSpace, Place, Program, Report, await_exec, launch},
+    spawn::{PidSpace, Place, Program, launch},
     stats,
     step::Linux,
     streams::{Kind, Stream},
@@ -165,10 +165,8 @@ impl Agent {
         };
         let cgroup = root.and_then(|root| root.cgroup.as_ref()).map(|cgroup| cgroup.directory.as_fd());
         let place = Place { pids, cgroup };
-        let report = Report::new()?;
-        let steps = process::steps(start, &account, &surroundings, &stdio, report.writer())?;
-        let pid = launch(&steps, &program, &report, &place)?;
-        await_exec(pid, &steps, &program, report)?;
+        let steps = process::steps(start, &account, &surroundings, &stdio)?;
+        let pid = launch(&steps, &program, &place)?;
 
         if let Some(id) = &start.root {
             self.containers.note_proc(id);

@@ -1,20 +1,19 @@
 //! Fork, perform steps, become a program; and hear from the child where that failed.
 //!
-//! The child reports through a close-on-exec pipe: end of file means the program runs.
+//! A child that is to become a program shares the agent's memory until it has, and the agent stands still meanwhile: to
+//! copy its memory and to give the copy back would be a quarter of what it takes to start a small program.
 
 use std::{
     ffi::CString,
-    fs::File,
-    io::Read,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::OnceLock,
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
     sched::{CloneFlags, setns, unshare},
-    sys::{stat::Mode, wait::waitpid},
-    unistd::{Pid, pipe2, write},
+    sys::wait::waitpid,
+    unistd::Pid,
 };
 
 use crate::{
@@ -25,9 +24,6 @@ use crate::{
 
 /// Where programs are looked for when the environment does not say.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// In a report: no step but the execution itself failed.
-const EXEC: u32 = u32::MAX;
 
 /// A program to become, with all that execve(2) needs made beforehand.
 pub(crate) struct Program {
@@ -81,25 +77,6 @@ pub(crate) fn c_string(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| Error::Invalid("a string contains a NUL byte".into()))
 }
 
-/// The pipe a child reports through.
-pub(crate) struct Report {
-    reader: OwnedFd,
-    writer: OwnedFd,
-}
-
-impl Report {
-    /// Makes the pipe; its writer must be spared by [`Step::CloseOthers`].
-    pub(crate) fn new() -> Result<Self> {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe".into())?;
-        Ok(Self { reader, writer })
-    }
-
-    /// The descriptor the child keeps open until it has become the program.
-    pub(crate) fn writer(&self) -> RawFd {
-        self.writer.as_raw_fd()
-    }
-}
-
 /// Where a child is to live.
 pub(crate) struct Place<'a> {
     pub(crate) pids: PidSpace,
@@ -117,7 +94,7 @@ pub(crate) enum PidSpace {
 impl PidSpace {
     /// The name space a process lives in.
     pub(crate) fn of(pid: Pid) -> Result<Self> {
-        open_pid_space(&format!("/proc/{pid}/ns/pid")).map(Self::Of)
+        process(pid).map(Self::Of)
     }
 
     /// Makes the next fork end up there.
@@ -125,39 +102,57 @@ impl PidSpace {
         match self {
             Self::Agent => Ok(()),
             Self::New => unshare(CloneFlags::CLONE_NEWPID),
-            Self::Of(space) => setns(space, CloneFlags::CLONE_NEWPID),
+            Self::Of(process) => setns(process, CloneFlags::CLONE_NEWPID),
         }
     }
 }
 
-fn open_pid_space(path: &str) -> Result<OwnedFd> {
-    open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
-        .context(|| "cannot open a PID name space".into())
+/// A descriptor of a process, which stands for the name spaces it lives in.
+fn process(pid: Pid) -> Result<OwnedFd> {
+    sys::open_process(pid).context(|| "cannot open a PID name space".into())
 }
 
-/// A child that performs `steps` and becomes `program`; [`await_exec`] tells whether it did.
-pub(crate) fn launch(
-    steps: &[Step<'_>],
-    program: &Program,
-    report: &Report,
-    place: &Place<'_>,
-) -> Result<Pid> {
-    match fork_at(place)? {
-        Some(pid) => Ok(pid),
-        None => run_child(&mut Linux, steps, program, report.writer.as_fd()),
+/// The agent's own, opened once.
+fn own_process() -> Result<&'static OwnedFd> {
+    static OWN: OnceLock<OwnedFd> = OnceLock::new();
+    match OWN.get() {
+        Some(own) => Ok(own),
+        None => process(Pid::this()).map(|own| OWN.get_or_init(|| own)),
     }
 }
 
-/// Forks with the child in its place; `None` in the child.
+/// A child that performs `steps` and has become `program` by the time this returns. One that could not is reaped here.
+pub(crate) fn launch(steps: &[Step<'_>], program: &Program, place: &Place<'_>) -> Result<Pid> {
+    let mut failure = None;
+    let child = &mut || failure = Some(run_child(&mut Linux, steps, program));
+    let pid = divide(place, |cgroup| sys::fork_sharing(cgroup, child).map(Some))?;
+    let pid = pid.ok_or_else(|| Error::Invalid("a child has come back".into()))?;
+    let Some((at, errno)) = failure else { return Ok(pid) };
+    let _ = waitpid(pid, None);
+    Err(match at.and_then(|at| steps.get(at)) {
+        Some(step) => Error::System { what: step.to_string(), errno },
+        None => Error::Exec { program: program.name.clone(), errno },
+    })
+}
+
+/// Forks with the child in its place, in memory of its own; `None` in the child.
 pub(crate) fn fork_at(place: &Place<'_>) -> Result<Option<Pid>> {
-    let own = match place.pids {
-        PidSpace::Agent => None,
-        _ => Some(open_pid_space("/proc/self/ns/pid")?),
-    };
-    let forked = place.pids.choose().and_then(|()| match place.cgroup {
+    divide(place, |cgroup| match cgroup {
         Some(cgroup) => sys::fork_into(cgroup),
         None => sys::fork(),
-    });
+    })
+}
+
+/// Forks by `fork`, which is given the cgroup, with the child in the PID name space of its place; `None` in the child.
+fn divide(
+    place: &Place<'_>,
+    fork: impl FnOnce(Option<BorrowedFd<'_>>) -> nix::Result<Option<Pid>>,
+) -> Result<Option<Pid>> {
+    let own = match place.pids {
+        PidSpace::Agent => None,
+        _ => Some(own_process()?),
+    };
+    let forked = place.pids.choose().and_then(|()| fork(place.cgroup));
     // The agent's own children are to be in its own name space again.
     if let Some(own) = own
         && forked != Ok(None)
@@ -168,32 +163,12 @@ pub(crate) fn fork_at(place: &Place<'_>) -> Result<Option<Pid>> {
     forked.context(|| "cannot fork".into())
 }
 
-fn run_child(kernel: &mut dyn Kernel, steps: &[Step<'_>], program: &Program, report: BorrowedFd<'_>) -> ! {
-    let (at, errno) = match perform_all(kernel, steps) {
-        Ok(()) => (EXEC, program.exec()),
-        Err((index, errno)) => (u32::try_from(index).unwrap_or(EXEC), errno),
-    };
-    let [a, b, c, d] = at.to_ne_bytes();
-    let [e, f, g, h] = (errno as i32).to_ne_bytes();
-    let _ = write(report, &[a, b, c, d, e, f, g, h]);
-    sys::exit_now(127)
-}
-
-/// Waits until the child is the program. One that could not become it is reaped here.
-pub(crate) fn await_exec(pid: Pid, steps: &[Step<'_>], program: &Program, report: Report) -> Result<()> {
-    drop(report.writer);
-    let mut record = [0; 8];
-    if File::from(report.reader).read_exact(&mut record).is_err() {
-        return Ok(());
+/// Becomes the program; returns only why not, and which step it was unless it was the last of all.
+fn run_child(kernel: &mut dyn Kernel, steps: &[Step<'_>], program: &Program) -> (Option<usize>, Errno) {
+    match perform_all(kernel, steps) {
+        Ok(()) => (None, program.exec()),
+        Err((index, errno)) => (Some(index), errno),
     }
-    let _ = waitpid(pid, None);
-    let [a, b, c, d, e, f, g, h] = record;
-    let errno = Errno::from_raw(i32::from_ne_bytes([e, f, g, h]));
-    let at = usize::try_from(u32::from_ne_bytes([a, b, c, d])).ok();
-    Err(match at.and_then(|at| steps.get(at)) {
-        Some(step) => Error::System { what: step.to_string(), errno },
-        None => Error::Exec { program: program.name.clone(), errno },
-    })
 }
 
 #[cfg(test)]

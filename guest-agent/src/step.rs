@@ -79,8 +79,8 @@ pub(crate) enum Step<'a> {
     Stdio { from: BorrowedFd<'a>, to: i32 },
     /// A standard stream belongs to the user, so that /dev/stdout can be opened.
     OwnStdio { fd: RawFd, uid: u32 },
-    /// Close everything from 3 up but one.
-    CloseOthers { keep: RawFd },
+    /// Close everything from 3 up.
+    CloseOthers,
     /// umask(2).
     Umask(u32),
     /// chdir(2); the parents, outermost first and the directory last, are made if it is missing.
@@ -153,7 +153,7 @@ impl MountCall {
 
 /// Who performs steps: the real kernel, or a test's notebook.
 pub(crate) trait Kernel {
-    /// Performs one step. Must not allocate: it runs between fork and exec.
+    /// Performs one step. Must not allocate: it runs between fork and exec, and what it takes is never given back.
     fn perform(&mut self, step: &Step<'_>) -> Result<()>;
 }
 
@@ -202,7 +202,7 @@ impl Kernel for Linux {
             Step::ControllingTerminal => sys::take_controlling_terminal(),
             Step::Stdio { from, to } => sys::make_stdio(*from, *to),
             Step::OwnStdio { fd, uid } => sys::own_stdio(*fd, *uid),
-            Step::CloseOthers { keep } => sys::close_others(*keep),
+            Step::CloseOthers => sys::close_others(),
             Step::Umask(mask) => {
                 umask(Mode::from_bits_truncate(*mask));
                 Ok(())
@@ -370,7 +370,7 @@ impl fmt::Display for Step<'_> {
             Self::ControllingTerminal => write!(f, "cannot take the controlling terminal"),
             Self::Stdio { from, to } => write!(f, "cannot make {} standard stream {to}", from.as_raw_fd()),
             Self::OwnStdio { fd, uid } => write!(f, "cannot give standard stream {fd} to user {uid}"),
-            Self::CloseOthers { .. } => write!(f, "cannot close the agent's descriptors"),
+            Self::CloseOthers => write!(f, "cannot close the agent's descriptors"),
             Self::Umask(_) => write!(f, "cannot set the umask"),
             Self::WorkingDirectory { path, .. } => write!(f, "cannot enter working directory {}", text(path)),
             Self::Credentials { uid, gid, .. } => write!(f, "cannot become user {uid} group {gid}"),

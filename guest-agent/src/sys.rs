@@ -46,17 +46,82 @@ pub(crate) fn fork() -> Result<Option<Pid>> {
 /// Forks with the child in a cgroup from its first instruction; `None` in the child. Moving it there later
 /// would wait for an RCU grace period, some 30 ms of every start.
 pub(crate) fn fork_into(cgroup: BorrowedFd<'_>) -> Result<Option<Pid>> {
-    /// linux/sched.h; libc's constant is too narrow for it.
-    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-    // SAFETY: all zero is a valid value of this plain structure of integers.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = CLONE_INTO_CGROUP;
-    args.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
-    args.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    let args = clone_args(0, Some(cgroup));
     // SAFETY: clone3 reads `args`; without CLONE_VM it is a fork, on the same stack in memory of its own,
     // and the agent has one thread, so that the child may go on with everything it finds there.
     let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone3, &args, size_of_val(&args)) })?;
     Ok(i32::try_from(pid).ok().filter(|pid| *pid != 0).map(Pid::from_raw))
+}
+
+fn clone_args(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> libc::clone_args {
+    /// linux/sched.h; libc's constant is too narrow for it.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    // SAFETY: all zero is a valid value of this plain structure of integers.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags;
+    args.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    args
+}
+
+/// Runs `child` in a child that shares this process's memory, on the free part of its stack, and that is in `cgroup`
+/// from its first instruction. This process stands still until the child has become another program or has ended.
+pub(crate) fn fork_sharing(cgroup: Option<BorrowedFd<'_>>, mut child: &mut dyn FnMut()) -> Result<Pid> {
+    extern "C" fn enter(child: *mut &mut dyn FnMut()) -> ! {
+        // SAFETY: it points to the argument of `fork_sharing`, which waits.
+        unsafe { (*child)() };
+        exit_now(127)
+    }
+    let flags = u64::from((libc::CLONE_VM | libc::CLONE_VFORK).unsigned_abs());
+    let signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    let args = clone_args(flags, cgroup);
+    // Hosts on which an agent is tried out may keep clone3 from it; it is needed for the cgroup alone.
+    let (call, first, second) = match cgroup {
+        Some(_) => (libc::SYS_clone3, &raw const args as u64, size_of_val(&args) as u64),
+        None => (libc::SYS_clone, flags | signal, 0),
+    };
+    let result: i64;
+    // SAFETY: with the stack pointer 0 the child goes on where this process does, with the same registers and on the
+    // same stack. It calls `enter`, which never returns, so that it only writes below this frame, where nothing lives,
+    // and to what `child` may change. This process runs on when the child is gone from its memory, and has no other
+    // thread and no handler of a signal. The stack is aligned for a call, because the block may use it.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "mov rdi, r12",
+            "call r13",
+            "2:",
+            inlateout("rax") call => result,
+            in("rdi") first,
+            in("rsi") second,
+            in("rdx") 0,
+            in("r10") 0,
+            in("r8") 0,
+            in("r12") &raw mut child,
+            in("r13") enter as extern "C" fn(*mut &mut dyn FnMut()) -> !,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid @ 1..) => Ok(Pid::from_raw(pid)),
+        Ok(errno) => Err(Errno::from_raw(errno.wrapping_neg())),
+        Err(_) => Err(Errno::EOVERFLOW),
+    }
+}
+
+/// A descriptor of a process (pidfd_open(2)).
+pub(crate) fn open_process(pid: Pid) -> Result<OwnedFd> {
+    // SAFETY: pidfd_open touches no memory.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Ends a forked child without running anything of the parent's.
@@ -73,20 +138,11 @@ pub(crate) fn execve(program: &CStr, args: &StringArray, env: &StringArray) -> E
     Errno::last()
 }
 
-/// Closes every descriptor from 3 up but `keep`.
-pub(crate) fn close_others(keep: RawFd) -> Result<()> {
-    let keep = u32::try_from(keep).map_err(|_| Errno::EBADF)?;
-    close_range(3, keep.saturating_sub(1))?;
-    close_range(keep.saturating_add(1).max(3), u32::MAX)
-}
-
-fn close_range(first: u32, last: u32) -> Result<()> {
-    if first > last {
-        return Ok(());
-    }
-    // SAFETY: only called in a forked child right before exec, whose Rust values that own these
-    // descriptors are never dropped.
-    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }).map(drop)
+/// Closes every descriptor from 3 up.
+pub(crate) fn close_others() -> Result<()> {
+    // SAFETY: only called in a child right before exec, whose Rust values that own these descriptors are never dropped;
+    // the parent's table is another one.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }).map(drop)
 }
 
 /// Makes `from` the standard stream `to` (0, 1 or 2), inherited by what is executed.

@@ -15,7 +15,7 @@ use crate::containerd::Installation;
 use crate::lab::{self, Options};
 
 /// Bound of one try, by the wall clock.
-const TIME: Duration = Duration::from_secs(900);
+const TIME: Duration = Duration::from_secs(1800);
 /// Programs of this host that are used inside, where its files are slow to read.
 const BORROWED: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/bin/busybox"];
 
@@ -39,7 +39,7 @@ pub fn engine_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
 ///
 /// # Errors
 /// As there.
-pub fn pod_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
+pub fn wall_figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     under_engine(wanted, false)
 }
 

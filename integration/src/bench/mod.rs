@@ -28,9 +28,9 @@ pub enum Part {
     Clones,
     /// Those of containerd, in the lab.
     Engine,
-    /// Those of many pods at once, in the lab but by the wall clock: on virtual time the emulated host hung in every
-    /// other try.
-    Pods,
+    /// Those of containerd, in the lab but by the wall clock; those of many pods at once too, because on virtual time the
+    /// emulated host hung in every other try.
+    Wall,
 }
 
 /// Every figure's stable name, in the order of the report.
@@ -63,9 +63,13 @@ pub const FIGURES: &[(&str, Part)] = &[
     ("lab.freed_returned_percent", Part::Clones),
     ("lab.ctr_run_over_runc_cold", Part::Engine),
     ("lab.ctr_run_over_runc_clone", Part::Engine),
+    ("lab.first_byte_over_runc_cold", Part::Engine),
+    ("lab.first_byte_over_runc_clone", Part::Engine),
     ("lab.exec_over_runc", Part::Engine),
     ("shim.private_kb", Part::Engine),
-    ("lab.ten_pods_p99_over_p50", Part::Pods),
+    ("lab.ctr_run_over_runc_clone_wall", Part::Wall),
+    ("lab.first_byte_over_runc_clone_wall", Part::Wall),
+    ("lab.ten_pods_p99_over_p50", Part::Wall),
 ];
 
 /// The names alone.
@@ -169,7 +173,7 @@ mod tests {
         assert_eq!(some.of(Part::Machines).list(), "lab.net_rtt_us");
         assert!(some.of(Part::Engine).list().is_empty());
         let all = Wanted::default();
-        assert_eq!(all.of(Part::Engine).list().split(',').count(), 4);
+        assert_eq!(all.of(Part::Engine).list().split(',').count(), 6);
         assert!(
             all.of(Part::Engine).has("shim.private_kb") && !all.of(Part::Machines).has("shim.private_kb")
         );

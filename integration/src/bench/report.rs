@@ -8,6 +8,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::stats::Pairs;
+
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figure {
@@ -17,6 +19,9 @@ pub struct Figure {
     pub value: f64,
     /// In what.
     pub unit: String,
+    /// Bounds of the value, 95 of 100 times; of ratios of pairs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<(f64, f64)>,
     /// How, in one sentence.
     pub method: String,
     /// The same of others in the same run.
@@ -32,10 +37,18 @@ impl Figure {
             id: id.to_owned(),
             value,
             unit: unit.to_owned(),
+            interval: None,
             method: method.to_owned(),
             peers: BTreeMap::new(),
             raw: Vec::new(),
         }
+    }
+
+    /// The median ratio of pairs with its bounds; the columns' medians are its peers, the pairs its rows.
+    pub fn ratio(id: &str, pairs: &Pairs, [ours, peer]: [&str; 2], method: &str) -> Self {
+        let (of_ours, of_peer) = pairs.medians();
+        let figure = Self { interval: Some(pairs.interval()), ..Self::new(id, pairs.ratio(), "x", method) };
+        figure.peer(ours, of_ours).peer(peer, of_peer).raw(pairs.rows(ours, peer))
     }
 
     /// Adds a peer's value.
@@ -61,12 +74,16 @@ pub struct Report(pub Vec<Figure>);
 impl Report {
     /// The table for people: a line per figure, then how each was measured.
     pub fn table(&self) -> String {
-        let mut text = format!("{:<28} {:>12} {:<6} peers\n", "figure", "value", "unit");
+        let mut text = format!("{:<33} {:>12} {:<6} {:<15} peers\n", "figure", "value", "unit", "95 of 100");
         for figure in &self.0 {
             let peers: Vec<_> =
                 figure.peers.iter().map(|(name, value)| format!("{name} {}", short(*value))).collect();
+            let bounds = figure
+                .interval
+                .map(|(low, high)| format!("{} to {}", short(low), short(high)))
+                .unwrap_or_default();
             let line = format!(
-                "{:<28} {:>12} {:<6} {}",
+                "{:<33} {:>12} {:<6} {bounds:<15} {}",
                 figure.id,
                 short(figure.value),
                 figure.unit,
@@ -111,13 +128,20 @@ mod tests {
 
     #[test]
     fn a_table_names_every_figure_its_peers_and_its_method() {
+        let mut pairs = Pairs::default();
+        [(1.0, 2.0), (3.0, 4.0), (2.0, 8.0)].into_iter().for_each(|(ours, peer)| pairs.add(ours, peer));
         let report = Report(vec![
             Figure::new("native.teardown_ms", 0.21, "ms", "median of 20 ends").peer("floor", 0.15),
+            Figure::ratio("lab.exec_over_runc", &pairs, ["mvm_ms", "runc_ms"], "median of 3 pairs"),
         ]);
         let table = report.table();
         assert!(table.contains("native.teardown_ms"));
         assert!(table.contains("0.210 ms"));
         assert!(table.contains("floor 0.150"));
         assert!(table.contains("median of 20 ends (0 rows)"));
+        assert!(table.contains("0.500 x      0.250 to 0.750"), "{table}");
+        assert!(
+            table.contains("mvm_ms 2.000, runc_ms 4.000") && table.contains("median of 3 pairs (4 rows)")
+        );
     }
 }

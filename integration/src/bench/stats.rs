@@ -49,6 +49,16 @@ impl Pairs {
         self.0.push((ours, peer));
     }
 
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Median of the pairs' ratios.
     pub fn ratio(&self) -> f64 {
         median(&self.ratios())
@@ -60,9 +70,14 @@ impl Pairs {
         (column(|pair| pair.0), column(|pair| pair.1))
     }
 
+    /// Bounds of the ratio, 95 of 100 times.
+    pub fn interval(&self) -> (f64, f64) {
+        interval(&self.ratios())
+    }
+
     /// A row of the interval, then a row per pair.
     pub fn rows(&self, ours: &str, peer: &str) -> Vec<Value> {
-        let (low, high) = interval(&self.ratios());
+        let (low, high) = self.interval();
         let mut rows = vec![json!({"median_ratio_low": low, "median_ratio_high": high, "confidence": 0.95})];
         rows.extend(self.0.iter().map(|pair| json!({ours: pair.0, peer: pair.1})));
         rows

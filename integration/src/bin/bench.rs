@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     part("lab.", &wanted.of(Part::Machines), emulated::figures);
     part("templates and snapshots: lab.", &wanted.of(Part::Clones), emulated::figures);
     part("containerd: lab.", &wanted.of(Part::Engine), emulated::engine_figures);
-    part("pods at once: lab.", &wanted.of(Part::Pods), emulated::pod_figures);
+    part("containerd by the wall clock: lab.", &wanted.of(Part::Wall), emulated::wall_figures);
     let missing: Vec<_> =
         names().filter(|id| wanted.has(id) && report.0.iter().all(|figure| figure.id != *id)).collect();
     if !missing.is_empty() {

@@ -5,9 +5,9 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
-use mvm_runtime::template::Choice;
 use serde_json::json;
 
+use super::runs;
 use crate::bench::stats::{Pairs, median};
 use crate::bench::{Figure, Wanted};
 use crate::containerd::cri::messages::{
@@ -17,8 +17,6 @@ use crate::containerd::cri::messages::{
 use crate::containerd::{BUSYBOX, Cri, Ctr, Daemon, Installation, Runtime};
 use mvm_runtime::usage::private_kib;
 
-/// Pairs of starts.
-const STARTS: usize = 6;
 /// Pairs of processes.
 const PROCESSES: usize = 10;
 /// Pods that are started at once.
@@ -37,7 +35,10 @@ pub(super) fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
     };
     let what = format!("containerd {}, one CPU, {clock}", installation.version());
     let ctr = daemon.ctr("default");
-    let mut figures = Vec::new();
+    let mut figures = runs::figures(wanted, &ctr, &what).unwrap_or_else(|error| {
+        super::say(&format!("ctr run: {error}"));
+        Vec::new()
+    });
     let mut add = |id: &str, measured: &dyn Fn() -> io::Result<Vec<Figure>>| {
         if wanted.has(id) && figures.iter().all(|figure: &Figure| figure.id != id) {
             match measured() {
@@ -46,11 +47,6 @@ pub(super) fn figures(wanted: &Wanted) -> io::Result<Vec<Figure>> {
             }
         }
     };
-    for (id, choice) in
-        [("lab.ctr_run_over_runc_cold", Choice::Never), ("lab.ctr_run_over_runc_clone", Choice::Always)]
-    {
-        add(id, &|| Ok(vec![starts(id, choice, &ctr, &what)?]));
-    }
     add("lab.exec_over_runc", &|| processes(&ctr, &what));
     add("shim.private_kb", &|| processes(&ctr, &what));
     add("lab.ten_pods_p99_over_p50", &|| Ok(vec![pods(&Cri::new(&daemon.socket()), &what)?]));
@@ -67,30 +63,6 @@ fn timed(ctr: &Ctr, args: &[&str]) -> io::Result<f64> {
     } else {
         Err(io::Error::other(format!("ctr {args:?}: {}", output.stderr)))
     }
-}
-
-fn starts(id: &str, choice: Choice, ctr: &Ctr, what: &str) -> io::Result<Figure> {
-    let template = format!("io.mvm.template={choice}");
-    let run = |runtime: Runtime, number: usize| {
-        let id = format!("{}-{choice}-{number}", runtime.name());
-        let (runtime, words) = (runtime.id(), ["run", "--rm", "--annotation", &template, "--runtime"]);
-        timed(ctr, &[&words[..], &[runtime, BUSYBOX, &id, "true"]].concat())
-    };
-    // The first converts the image, fills caches and makes the template; it is no part of the figure.
-    let first = (run(Runtime::Mvm, 0)?, run(Runtime::Runc, 0)?);
-    let mut pairs = Pairs::default();
-    for number in 1..=STARTS {
-        pairs.add(run(Runtime::Mvm, number)?, run(Runtime::Runc, number)?);
-    }
-    let (ours, theirs) = pairs.medians();
-    let mut rows = pairs.rows("mvm_ms", "runc_ms");
-    rows.push(json!({"first_mvm_ms": first.0, "first_runc_ms": first.1}));
-    let how = format!(
-        "median of {STARTS} pairs of `ctr run --rm` of busybox's `true`, machines {}; {what}",
-        if choice == Choice::Never { "boot" } else { "go on from a template" }
-    );
-    let figure = Figure::new(id, pairs.ratio(), "x", &how);
-    Ok(figure.peer("mvm_ms", ours).peer("runc_ms", theirs).raw(rows))
 }
 
 fn processes(ctr: &Ctr, what: &str) -> io::Result<Vec<Figure>> {
@@ -119,7 +91,6 @@ fn processes(ctr: &Ctr, what: &str) -> io::Result<Vec<Figure>> {
         timed(ctr, &["task", "delete", "-f", &id])?;
         timed(ctr, &["containers", "rm", &id])?;
     }
-    let (mvm, runc) = pairs.medians();
     let how = format!(
         "median of {PROCESSES} pairs of `ctr task exec` of busybox's `true` in a running container; {what}"
     );
@@ -127,10 +98,7 @@ fn processes(ctr: &Ctr, what: &str) -> io::Result<Vec<Figure>> {
         "private memory of the shim of a container after {PROCESSES} processes in it, beside another shim; {what}"
     );
     Ok(vec![
-        Figure::new("lab.exec_over_runc", pairs.ratio(), "x", &how)
-            .peer("mvm_ms", mvm)
-            .peer("runc_ms", runc)
-            .raw(pairs.rows("mvm_ms", "runc_ms")),
+        Figure::ratio("lab.exec_over_runc", &pairs, ["mvm_ms", "runc_ms"], &how),
         Figure::new("shim.private_kb", ours, "kB", &memory)
             .peer("runc", theirs)
             .raw([json!({"mvm_kb": ours, "runc_kb": theirs})]),

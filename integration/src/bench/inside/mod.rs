@@ -7,6 +7,7 @@ mod engine;
 mod guest;
 mod peer;
 mod qemu;
+mod runs;
 mod saved;
 mod start;
 mod traffic;
@@ -23,7 +24,7 @@ use mvm_runtime::guest::cpio::Archive;
 use super::{Bound, Figure, Part, Report, Wanted, beside};
 
 /// Bound of everything in here, on the emulated host's clock.
-const TIME: Duration = Duration::from_secs(240);
+const TIME: Duration = Duration::from_secs(900);
 /// Size of the disk that is read; all of it is in the emulated host's memory.
 const DISK: u64 = 64 << 20;
 
@@ -94,7 +95,7 @@ pub fn run(wanted: &Wanted, out: &mut dyn Write) -> io::Result<()> {
     if wanted.has("lab.freed_returned_percent") {
         add("free memory", saved::freed().map(|figure| vec![figure]));
     }
-    if [Part::Engine, Part::Pods].iter().any(|part| !wanted.of(*part).list().is_empty()) {
+    if [Part::Engine, Part::Wall].iter().any(|part| !wanted.of(*part).list().is_empty()) {
         add("containerd", engine::figures(wanted));
     }
     figures.retain(|figure| wanted.has(&figure.id));

@@ -124,17 +124,13 @@ fn against_floor(setup: &Setup) -> io::Result<Vec<Figure>> {
         starts.add(ours.own_ms, floor.own_ms);
         ends.add(ours.end_ms, floor.end_ms);
     })?;
-    let (ours, floor) = starts.medians();
-    let start = Figure::new(
+    let start = Figure::ratio(
         "native.start_over_floor",
-        starts.ratio(),
-        "x",
+        &starts,
+        ["mvm_ms", "floor_ms"],
         "spawn to first guest instruction (both stamp it themselves on CLOCK_MONOTONIC), flat guest, 128 MiB: median \
          of the ratios of 40 pairs, one machine at a time, ours-floor-floor-ours, all at real-time priority if allowed",
-    )
-    .peer("mvm_ms", ours)
-    .peer("floor_ms", floor)
-    .raw(starts.rows("mvm_ms", "floor_ms"));
+    );
     let (ours, floor) = ends.medians();
     let end = Figure::new(
         "native.teardown_ms",

@@ -91,6 +91,7 @@ fn lay_out(dir: &Path) -> io::Result<PathBuf> {
         (beside("floor")?, "bin/floor"),
         (beside("guest_bench")?, "bin/guest_bench"),
         (vmm.with_file_name("containerd-shim-mvm-v2"), "bin/containerd-shim-mvm-v2"),
+        (vmm.with_file_name("mvm"), "bin/mvm"),
         (vmm, "bin/mvm-vmm"),
         (guest.kernel, "share/mvm/vmlinux"),
         (guest.agent, "share/mvm/mvm-agent"),

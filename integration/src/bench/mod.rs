@@ -60,6 +60,7 @@ pub const FIGURES: &[(&str, Part)] = &[
     ("lab.container_memory_mb_clone_50", Part::Clones),
     ("lab.container_memory_mb_cold_50", Part::Clones),
     ("lab.restore_over_clone_ms", Part::Clones),
+    ("lab.save_over_writes", Part::Clones),
     ("lab.freed_returned_percent", Part::Clones),
     ("lab.ctr_run_over_runc_cold", Part::Engine),
     ("lab.ctr_run_over_runc_clone", Part::Engine),

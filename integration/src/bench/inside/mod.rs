@@ -8,6 +8,7 @@ mod guest;
 mod peer;
 mod qemu;
 mod runs;
+mod save;
 mod saved;
 mod start;
 mod traffic;
@@ -91,6 +92,9 @@ pub fn run(wanted: &Wanted, out: &mut dyn Write) -> io::Result<()> {
     }
     if wanted.has("lab.restore_over_clone_ms") {
         add("snapshot", saved::restore().map(|figure| vec![figure]));
+    }
+    if wanted.has("lab.save_over_writes") {
+        add("saving", save::figure().map(|figure| vec![figure]));
     }
     if wanted.has("lab.freed_returned_percent") {
         add("free memory", saved::freed().map(|figure| vec![figure]));

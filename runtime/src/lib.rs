@@ -4,6 +4,7 @@ pub mod agent;
 mod catalog;
 pub mod cgroup;
 pub mod container;
+mod digest;
 pub mod doctor;
 pub mod erofs;
 pub mod failure;

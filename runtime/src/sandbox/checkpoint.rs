@@ -15,11 +15,11 @@ use super::save::{Saving, save};
 use super::{CheckpointRequest, ContainerRequest, RestoreRequest};
 use crate::agent::{Process, StdioSpec};
 use crate::catalog::create;
+use crate::digest::sha256;
 use crate::failure::{Context, Failure};
 use crate::machine::{Disk, Snapshot};
 use crate::rootfs::{self, LAYER_DISKS, Prepared};
 use crate::snapshot::{Checkpoint, Going, Opened, Piece, SavedDisk, Snapshots, memory_file, state_file};
-use crate::template::sha256;
 use crate::whole_file::write_whole;
 
 /// Saves the machine of `sandbox` with its only container into a directory of its engine's.

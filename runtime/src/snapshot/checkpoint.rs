@@ -111,7 +111,7 @@ impl Checkpoint {
     ) -> Result<Self, Failure> {
         let processor =
             crate::template::processor().context(|| "cannot tell the host's processor".to_owned())?;
-        let vmm_sha256 = crate::template::sha256(program);
+        let vmm_sha256 = crate::digest::sha256(program);
         let vmm_sha256 = vmm_sha256.context(|| format!("cannot digest {}", program.display()))?;
         let files = Files::default();
         Ok(Self { version: FORMAT.version, processor, vmm_sha256, process, terminal, machine, layers, files })
@@ -180,7 +180,7 @@ impl Checkpoint {
 
     /// Whether a machine can go on from it on this host, as far as can be told without trying.
     fn check_host(&self) -> Result<(), Failure> {
-        let (processor, vmm_sha256) = here()?;
+        let (processor, vmm_sha256) = here(None)?;
         let ran = Ran { processor: &self.processor, vmm_sha256: &self.vmm_sha256 };
         let here = Ran { processor: &processor, vmm_sha256: &vmm_sha256 };
         ran.fits(self.machine.protocol, &here).map_err(Failure::refused)

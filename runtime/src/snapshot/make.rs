@@ -7,10 +7,11 @@ use mvm_vmm::config::MachineId;
 use super::manifest::{Manifest, Of, SavedRun, VERSION};
 use super::store::{Entry, Snapshots};
 use crate::catalog::write_back;
+use crate::digest::of_program;
 use crate::failure::{Context, Failure};
 use crate::owner::{Client, Reply, Request};
 use crate::state::{Seen, now};
-use crate::template::{processor, sha256};
+use crate::template::processor;
 
 /// Saves the machine of a running container under `name`; of its memory, only what differs from that of the snapshot
 /// `base`, if one is named. The container goes on, whatever comes of it.
@@ -31,10 +32,10 @@ pub fn make(
     // While it runs: the program may be replaced on disk, and what is there then is another.
     let machine = seen.record.machine.ok_or_else(|| seen.record.not_running())?;
     let program = format!("/proc/{}/exe", machine.pid);
-    let vmm_sha256 =
-        sha256(program.as_ref()).context(|| format!("cannot digest {program}")).context(failed)?;
-    let processor = processor().context(|| "cannot tell the host's processor".to_owned()).context(failed)?;
     let new = snapshots.begin()?;
+    let vmm_sha256 = of_program(program.as_ref(), &snapshots.known_program());
+    let vmm_sha256 = vmm_sha256.context(|| format!("cannot digest {program}")).context(failed)?;
+    let processor = processor().context(|| "cannot tell the host's processor".to_owned()).context(failed)?;
     // Its owner may have been started elsewhere.
     let directory = fs::canonicalize(new.path()).context(failed)?;
     let memory = base.as_ref().map(|held| held.memory.clone());

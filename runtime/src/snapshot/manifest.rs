@@ -14,10 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::StdioSpec;
 use crate::catalog::Format;
+use crate::digest::{of_program, sha256};
 use crate::failure::{Context, Failure};
 use crate::machine::{Disk, Snapshot};
 use crate::owner::Job;
-use crate::template::{processor, sha256};
+use crate::template::processor;
 
 /// The version of manifests that this build writes and reads.
 pub const VERSION: u32 = 1;
@@ -188,13 +189,14 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Whether a machine can go on from it on this host, as far as can be told without trying.
+    /// Whether a machine can go on from it on this host, as far as can be told without trying. `known_program` is where the
+    /// digest of the machine's program is on record.
     ///
     /// # Errors
     /// What does not fit, and the way out.
-    pub fn check_host(&self) -> Result<(), Failure> {
+    pub(super) fn check_host(&self, known_program: &Path) -> Result<(), Failure> {
         let failed = || format!("cannot restore snapshot {}", self.name);
-        let (processor, vmm) = here()?;
+        let (processor, vmm) = here(Some(known_program))?;
         self.fits(&processor, &vmm).map_err(|why| Failure::because(failed(), why))
     }
 
@@ -204,11 +206,12 @@ impl Manifest {
     }
 }
 
-/// This host's processor, and the SHA-256 of the program that is its machines.
-pub(super) fn here() -> Result<(String, String), Failure> {
+/// This host's processor, and the SHA-256 of the program that is its machines, which may be on record at `known`.
+pub(super) fn here(known: Option<&Path>) -> Result<(String, String), Failure> {
     let processor = processor().context(|| "cannot tell the host's processor".to_owned())?;
     let program = find_program().context(|| "cannot find the machine's program".to_owned())?;
-    let vmm = sha256(&program).context(|| format!("cannot digest {}", program.display()))?;
+    let vmm = known.map_or_else(|| sha256(&program), |record| of_program(&program, record));
+    let vmm = vmm.context(|| format!("cannot digest {}", program.display()))?;
     Ok((processor, vmm))
 }
 

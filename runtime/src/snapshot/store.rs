@@ -16,6 +16,8 @@ use crate::rootfs::copy_sparse;
 
 /// Below the state directory.
 const DIRECTORY: &str = "snapshots";
+/// Beside that directory: the digest of the machines' program.
+const PROGRAM: &str = "program.json";
 
 /// The snapshots of one state directory.
 #[derive(Clone, Debug)]
@@ -40,7 +42,8 @@ impl Entry {
     /// # Errors
     /// What does not fit or is not there, and the way out.
     pub fn check(&self) -> Result<(), Failure> {
-        self.manifest.check_host()?;
+        let root = self.directory.parent().unwrap_or(&self.directory);
+        self.manifest.check_host(&root.with_file_name(PROGRAM))?;
         self.base_memory().map(drop).context(|| format!("cannot restore snapshot {}", self.manifest.name))
     }
 
@@ -231,6 +234,11 @@ impl Snapshots {
                 .help(format!("choose another name, or remove it: mvm snapshot rm {name}")));
         }
         Ok(())
+    }
+
+    /// Where the digest of the machines' program is on record.
+    pub(super) fn known_program(&self) -> PathBuf {
+        self.catalog.root.with_file_name(PROGRAM)
     }
 
     /// A directory for a snapshot that is being made.

@@ -1,24 +1,18 @@
 //! What is on record of a template.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::recipe::Key;
 use crate::catalog::Format;
+use crate::digest::{facts, sha256};
 use crate::failure::{Context, Failure};
-use crate::hex::hex;
 
 /// The version of manifests that this build writes and reads.
 pub const VERSION: u32 = 1;
 /// Those that are read.
 const FORMAT: Format = Format { what: "manifests", version: VERSION, max_bytes: 64 * 1024, help: None };
-/// Bytes of a file that are digested at a time.
-const CHUNK: usize = 256 * 1024;
 
 /// What a template is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,37 +105,10 @@ impl Ingredient {
     }
 }
 
-/// Whoever replaces a file or writes to it changes one of these: nobody can set the last.
-fn facts(path: &Path) -> io::Result<String> {
-    let it = fs::metadata(path)?;
-    Ok(format!(
-        "{:x}-{:x}-{:x}-{:x}.{:x}-{:x}.{:x}",
-        it.dev(),
-        it.ino(),
-        it.size(),
-        it.mtime(),
-        it.mtime_nsec(),
-        it.ctime(),
-        it.ctime_nsec()
-    ))
-}
-
-/// SHA-256 of a file's content, in hex.
-pub(crate) fn sha256(path: &Path) -> io::Result<String> {
-    let (mut file, mut digest, mut chunk) = (File::open(path)?, Sha256::new(), vec![0; CHUNK]);
-    loop {
-        match file.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(count) => digest.update(chunk.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(hex(&digest.finalize()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -25,7 +25,6 @@ mod store;
 
 pub use choice::{Choice, Maker, Source, VARIABLE, Ways};
 pub use make::{Phase, make, make_in_background, make_when_idle};
-pub(crate) use manifest::sha256;
 pub use manifest::{Ingredient, Manifest, VERSION};
 pub(crate) use processor::processor;
 pub use recipe::{Key, Recipe};

@@ -7,7 +7,7 @@
 //! * no capability, and no way to get one: programs give none any more, and there is no program;
 //! * a directory that was removed as its root: nothing is in it, and nothing can be made in it;
 //! * where the kernel has Landlock, no file of any path, no socket by name, no port;
-//! * nobody but root may look into its memory, and there is no core dump.
+//! * nobody but root may look into the memory of one that root started, and there is no core dump.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -33,9 +33,10 @@ pub(crate) fn enter(root: Option<OwnedFd>) -> Result<()> {
         fchdir(root.as_fd()).and_then(|()| chroot(".")).map_err(Error::system("leave the host's files"))?;
         let user = FIRST_USER.saturating_add(getpid().as_raw().unsigned_abs());
         become_user(user).map_err(Error::system("become a user of its own"))?;
+        // Whoever started it as another user may look into it as into anything of his.
+        prctl::set_dumpable(false).map_err(Error::system("hide its memory"))?;
     }
     prctl::set_no_new_privs().map_err(Error::system("give up privileges of programs"))?;
-    prctl::set_dumpable(false).map_err(Error::system("hide its memory"))?;
     lock_paths().map_err(Error::system("give up files"))
 }
 

@@ -1,6 +1,8 @@
 //! Typed, blocking calls to one agent.
 
 use std::{
+    fs::File,
+    io::Read,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::unix::net::UnixStream,
     sync::{
@@ -21,7 +23,7 @@ use super::{
     error::{Error, Result, printable},
     hello::read_hello,
     identity::wall_clock_ns,
-    link::{CHUNK, Link, StreamSource},
+    link::{Link, StreamSource},
     listener::io_error,
     state::Shared,
     writing::write_within,
@@ -41,7 +43,7 @@ pub struct AgentClient {
     hello: Hello,
     heard_ns: u64,
     pub(super) shared: Arc<Shared>,
-    /// Callers take turns to write; held for one request at most, and for no other lock.
+    /// Callers take turns to write; held for one frame at most, and for no other lock.
     writer: Mutex<UnixStream>,
     pub(super) next_id: AtomicU64,
     /// Its other end tells the thread, by hanging up, that the client is gone.
@@ -75,7 +77,6 @@ impl AgentClient {
             shared: Arc::clone(&shared),
             control,
             decoder,
-            chunk: vec![0; CHUNK],
             streams,
             accepting: true,
             stop,
@@ -184,30 +185,22 @@ impl AgentClient {
         // First: a request that fits no frame gets no answer, and its place would stay taken.
         let frame = encode(&HostMessage::Request { id, request })?;
         self.shared.begin_call(id, false)?;
-        let mut frames = self.forgets(1);
-        frames.extend(frame);
-        self.write(&frames)?;
+        self.write(&frame)?;
         self.shared.await_answer(id, left(end))
     }
 
     /// Asks for something whose answer nobody waits for; whether that could be sent.
     pub(super) fn tell(&self, request: Request) -> bool {
-        self.untold(request).is_ok_and(|frame| self.write(&frame).is_ok())
-    }
-
-    /// The frame of a request whose answer nobody waits for.
-    pub(super) fn untold(&self, request: Request) -> Result<Vec<u8>> {
         let id = self.next_id();
-        let frame = encode(&HostMessage::Request { id, request })?;
-        self.shared.begin_call(id, true)?;
-        Ok(frame)
+        let Ok(frame) = encode(&HostMessage::Request { id, request }) else { return false };
+        self.shared.begin_call(id, true).is_ok() && self.write(&frame).is_ok()
     }
 
-    /// Writes whole frames. A frame that cannot be written whole ends the connection: what follows it could
+    /// Writes one frame. A frame that cannot be written whole ends the connection: what follows it could
     /// not be understood.
-    pub(super) fn write(&self, frames: &[u8]) -> Result<()> {
+    fn write(&self, frame: &[u8]) -> Result<()> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        write_within(&writer, frames, CALL_TIME).map_err(|source| {
+        write_within(&writer, frame, CALL_TIME).map_err(|source| {
             let _ = writer.shutdown(std::net::Shutdown::Both);
             Error::Io { what: "cannot write to the guest's agent".to_owned(), source }
         })
@@ -237,9 +230,10 @@ pub(super) fn within(time: Duration, end: Instant) -> Result<Duration> {
 
 /// Tokens that nobody can guess.
 pub(super) fn tokens(count: usize) -> Result<Vec<Token>> {
-    let token = || {
+    let mut random = File::open("/dev/urandom").map_err(io_error("cannot open /dev/urandom"))?;
+    let mut token = || {
         let mut bytes = [0; 8];
-        mvm_devices::sys::random(&mut bytes).map_err(io_error("cannot get random bytes"))?;
+        random.read_exact(&mut bytes).map_err(io_error("cannot read /dev/urandom"))?;
         Ok(Token(u64::from_ne_bytes(bytes)))
     };
     (0..count).map(|_| token()).collect()

@@ -21,9 +21,6 @@ const MAX_HALF_OPEN: usize = 32;
 /// How long a stream connection may take to send its 16 bytes.
 const HEADER_TIME: Duration = Duration::from_secs(2);
 
-/// Bytes read from the guest at a time.
-pub(super) const CHUNK: usize = 16 * 1024;
-
 /// Where the connections a guest opens to the stream port arrive.
 pub trait StreamSource: Send + 'static {
     /// Readable when a connection waits.
@@ -48,8 +45,6 @@ pub(super) struct Link<S> {
     pub(super) shared: Arc<Shared>,
     pub(super) control: UnixStream,
     pub(super) decoder: Decoder,
-    /// What is read goes here first: [`CHUNK`] bytes.
-    pub(super) chunk: Vec<u8>,
     pub(super) streams: S,
     /// Streams can still arrive.
     pub(super) accepting: bool,
@@ -129,10 +124,11 @@ impl<S: StreamSource> Link<S> {
     }
 
     fn read_control(&mut self) -> Result<bool, String> {
-        match self.control.read(&mut self.chunk) {
+        let mut chunk = [0; 16 * 1024];
+        match self.control.read(&mut chunk) {
             Ok(0) => Ok(false),
             Ok(count) => {
-                self.decoder.push(self.chunk.get(..count).unwrap_or_default());
+                self.decoder.push(chunk.get(..count).unwrap_or_default());
                 self.take_messages()?;
                 Ok(true)
             }

@@ -12,8 +12,6 @@ pub(super) struct Lives {
     lives: BTreeMap<u64, Life>,
     /// Exits that were reported and not fetched; bounded, because a guest may report processes nobody started.
     exits: HashMap<u64, ExitStatus>,
-    /// Those whose end was fetched; the guest is to drop its records.
-    fetched: Vec<u64>,
 }
 
 /// What is wanted of a process.
@@ -72,18 +70,7 @@ impl Lives {
         }
         let status = self.exits.remove(&process)?;
         self.lives.remove(&process);
-        self.fetched.push(process);
         Some(Ok(status))
-    }
-
-    /// Those whose end was fetched since the last call, if there are `least` of them.
-    pub(super) fn take_fetched(&mut self, least: usize) -> Vec<u64> {
-        if self.fetched.len() < least { Vec::new() } else { std::mem::take(&mut self.fetched) }
-    }
-
-    /// One of them that the guest could not be told of is to be told of later.
-    pub(super) fn put_back(&mut self, process: u64) {
-        self.fetched.push(process);
     }
 
     /// Those that were given up and have ended since.

@@ -158,27 +158,9 @@ impl AgentClient {
     /// answer is given once; none is once the process was given up.
     pub fn wait(&self, process: u64, timeout: Option<Duration>) -> Result<ExitStatus> {
         let status = self.shared.await_exit(process, timeout)?;
-        // With many of them the agent does not wait for another request.
-        let forgets = self.forgets(MOST_FORGOTTEN);
-        if !forgets.is_empty() {
-            // A connection that is lost is no matter: the process has ended, and how is known.
-            let _ = self.write(&forgets);
-        }
+        // The agent reports it again on its next connection unless it is told not to.
+        self.tell(Request::Forget { process });
         Ok(status)
-    }
-
-    /// Has the agent drop its records of processes whose end was fetched, if there are `least` of them: the frames go
-    /// before those of the next request, because each time that the guest is woken costs more than what it does then.
-    /// Until then the agent would report them again on a new connection, where nobody knows them.
-    pub(super) fn forgets(&self, least: usize) -> Vec<u8> {
-        let mut frames = Vec::new();
-        for process in self.shared.take_fetched(least) {
-            match self.untold(Request::Forget { process }) {
-                Ok(frame) => frames.extend(frame),
-                Err(_) => self.shared.put_back(process),
-            }
-        }
-        frames
     }
 
     /// Gives a process up: whoever waits for its end does so no more, and its end, should the guest report it, is

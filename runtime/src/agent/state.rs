@@ -136,16 +136,6 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Processes whose end was fetched and that the guest was not told to forget, if there are `least` of them.
-    pub(super) fn take_fetched(&self, least: usize) -> Vec<u64> {
-        self.lock().lives.take_fetched(least)
-    }
-
-    /// One of them that it could not be told of.
-    pub(super) fn put_back(&self, process: u64) {
-        self.lock().lives.put_back(process);
-    }
-
     /// Processes that were given up and have ended since.
     pub(super) fn over(&self) -> Vec<u64> {
         self.lock().lives.over()

@@ -5,7 +5,6 @@ mod confinement;
 mod containers;
 mod excess;
 mod files;
-mod forgetting;
 mod guest;
 mod held;
 pub(crate) mod hostile;

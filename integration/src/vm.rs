@@ -20,6 +20,8 @@ use mvm_vmm::exit::Exit;
 
 /// Bound of anything a test waits for; an emulated host is thirty times slower than a real one.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+/// Time a machine gets to end when its agent is silent.
+const END_TIME: Duration = Duration::from_secs(10);
 /// A shell and everything else, in one static file of Debian's `busybox-static`.
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -153,9 +155,19 @@ impl Vm {
         });
         let stdout = drain(process.stdout.expect("asked for"));
         let stderr = drain(process.stderr.expect("asked for"));
-        let status = self.container.agent.wait(process.id, Some(PATIENCE)).expect("it ends");
+        let status = match self.container.agent.wait(process.id, Some(PATIENCE)) {
+            Ok(status) => status,
+            Err(error) => self.lost(script, &error),
+        };
         feeder.join().expect("no panic");
         Output { status, stdout: stdout.join().expect("no panic"), stderr: stderr.join().expect("no panic") }
+    }
+
+    /// What became of the machine is worth more than that its agent is silent.
+    fn lost(&mut self, script: &str, error: &dyn std::error::Error) -> ! {
+        let end = self.container.machine.wait_at_most(END_TIME);
+        let end = end.map_or_else(|failure| failure.report(), |exit| exit.to_string());
+        panic!("{script:?} has no end: {error}; the machine: {end}")
     }
 
     /// Starts a process in the root.

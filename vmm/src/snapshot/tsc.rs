@@ -24,6 +24,11 @@ pub(super) const MSR_TSC: u32 = 0x10;
 /// How often two clocks are read one after the other, to have read them at nearly the same time once.
 const READINGS: usize = 5;
 
+/// How often the clock is set at most, until that went without a delay.
+const SETTINGS: usize = 20;
+/// The part of a millisecond that it may take to set it.
+const CLOSE: u32 = 4;
+
 /// The guest's two clocks at one time. They must go on together: Linux measures each by the other, and gives the
 /// faster one up if they are a millisecond apart after half a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,12 +87,21 @@ pub(super) fn go_on(fds: &[VcpuFd], moments: &[Moment]) -> Result<bool> {
 }
 
 /// Sets KVM's clock of `vm` so that it has gone on from `moment` as far as the counter of `fd`, whose frequency is
-/// `khz`, has.
+/// `khz`, has. Anew if it took so long that a guest would notice: a busy host may have let others run in between.
 pub(super) fn set_clock(vm: &VmFd, fd: &VcpuFd, moment: &Moment, khz: u32) -> Result<()> {
-    let ticks = read(fd)?.saturating_sub(moment.tsc);
-    let passed = ticks.saturating_mul(1_000_000).checked_div(khz.into()).unwrap_or(0);
-    let clock = kvm_clock_data { clock: moment.clock.saturating_add(passed), ..Default::default() };
-    vm.set_clock(&clock).map_err(Error::kvm("set the guest's clock"))
+    let mut before = read(fd)?;
+    for _ in 0..SETTINGS {
+        let ticks = before.saturating_sub(moment.tsc);
+        let passed = ticks.saturating_mul(1_000_000).checked_div(khz.into()).unwrap_or(0);
+        let clock = kvm_clock_data { clock: moment.clock.saturating_add(passed), ..Default::default() };
+        vm.set_clock(&clock).map_err(Error::kvm("set the guest's clock"))?;
+        let after = read(fd)?;
+        if after.saturating_sub(before) <= u64::from(khz / CLOSE) {
+            break;
+        }
+        before = after;
+    }
+    Ok(())
 }
 
 fn read(fd: &VcpuFd) -> Result<u64> {

@@ -26,6 +26,7 @@ Environment:
   MVM_STATE     where images, snapshots and templates are kept: /var/lib/mvm
   MVM_RUN       where containers that are there are found: /run/mvm
   MVM_TEMPLATE  whether machines are made of templates: auto, never or always
+  MVM_STARTS    how many machines start at once on this host: two for each processor
   MVM_FREE_PAGE_REPORTING=off  guests keep memory that they have freed
   MVM_VMM       the program of a machine's process
   MVM_KERNEL    the guests' kernel

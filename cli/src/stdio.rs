@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
@@ -9,7 +10,9 @@ use mvm_protocol::WindowSize;
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::owner::{Output, Outputs};
 use mvm_runtime::timeline::{Timeline, Track};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::terminal;
 
@@ -65,6 +68,29 @@ pub(crate) fn check_terminal(wanted: bool) -> Result<(), Failure> {
 /// passes them on.
 pub(crate) fn hold_signals() -> Result<SigSet, Failure> {
     terminal::block_signals(&FORWARDED).context(|| "cannot block signals".to_owned())
+}
+
+/// Sees whether this process is asked to end, by signals that are held back and stay so.
+#[derive(Debug)]
+pub(crate) struct Ends(SignalFd);
+
+impl Ends {
+    /// Looks from now on.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub(crate) fn new() -> Result<Self, Failure> {
+        let ends: SigSet =
+            [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+        let file = SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+        Ok(Self(file.context(|| "cannot watch for signals".to_owned())?))
+    }
+
+    /// Whether such a signal has come.
+    pub(crate) fn are_asked_for(&self) -> bool {
+        let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut ready, PollTimeout::ZERO), Ok(1..))
+    }
 }
 
 /// Pumps until `wait` tells how the process has ended and all it wrote is out.

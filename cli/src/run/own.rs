@@ -12,7 +12,7 @@ use mvm_runtime::owner::{Job, Outputs, Owner, Refused, Run, exit_code};
 use mvm_runtime::rootfs::upper_disk;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, RootfsMount, Sandbox, SandboxRequest};
 use mvm_runtime::snapshot::{Going, Snapshots};
-use mvm_runtime::state::{Home, Resource};
+use mvm_runtime::state::{Home, Resource, Wish};
 use mvm_runtime::timeline::{Stage, Timeline, Track};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
@@ -125,6 +125,7 @@ impl<R: FnOnce()> Runs<'_, R> {
             spec: job.spec.clone(),
             pod: false,
             net: Some(job.net.request()?),
+            wish: self.wish()?,
         };
         let (sandbox, process) = match self.from.take() {
             Some(from) => {
@@ -140,6 +141,18 @@ impl<R: FnOnce()> Runs<'_, R> {
         drop(stage);
         let code = ended?;
         removed.map(|()| code)
+    }
+
+    /// It is wanted until somebody stops the container, or asks this process to end.
+    fn wish(&self) -> Result<Wish, Failure> {
+        let owner = self.owner.clone();
+        Ok(match self.audience {
+            Audience::Log => Wish::new(move || !owner.is_stopped()),
+            Audience::Terminal(_) => {
+                let ends = stdio::Ends::new()?;
+                Wish::new(move || !owner.is_stopped() && !ends.are_asked_for())
+            }
+        })
     }
 
     /// The machine goes on from a snapshot, with the container in it.

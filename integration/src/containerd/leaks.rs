@@ -16,7 +16,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// Directories whose every entry counts.
 const WATCHED: [&str; 6] = ["/run/containerd", "/run/netns", "/run/mvm", "/dev/shm", "/dev/mqueue", "/tmp"];
 /// What stays by design, by its end: parents of what a container has, and the last address that was given out.
-const STAYS: [&str; 16] = [
+const STAYS: [&str; 17] = [
     "cgroup /default",
     "cgroup /k8s.io",
     "/run/containerd/fifo",
@@ -27,6 +27,7 @@ const STAYS: [&str; 16] = [
     "/run/mvm/default",
     "/run/mvm/k8s.io",
     "/run/mvm/s",
+    "/run/mvm/starts",
     "v1.cri/containers",
     "v1.cri/sandboxes",
     ".task/default",

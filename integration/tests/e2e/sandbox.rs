@@ -14,6 +14,7 @@ use mvm_runtime::agent::StdioSpec;
 use mvm_runtime::container::NotRunnable;
 use mvm_runtime::failure::Failure;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, MachineLauncher, Sandbox, SandboxRequest};
+use mvm_runtime::state::Wish;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 
@@ -72,7 +73,8 @@ impl Fixture {
         let name = format!("sandbox-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let directory = scratch().join(&name);
         let id = name.parse().expect("a name");
-        let request = SandboxRequest { id, directory: directory.clone(), spec: spec.clone(), pod, net: None };
+        let (spec, wish) = (spec.clone(), Wish::default());
+        let request = SandboxRequest { id, directory: directory.clone(), spec, pod, net: None, wish };
         Self { sandbox: unwrap(launcher.boot(&request)), directory }
     }
 

@@ -12,6 +12,7 @@ use mvm_integration::vm::{image, scratch, state};
 use mvm_runtime::agent::Process;
 use mvm_runtime::net::{Choice as NetChoice, NetRequest};
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, MachineLauncher, Sandbox, SandboxRequest};
+use mvm_runtime::state::Wish;
 use mvm_runtime::template::{Choice, Condition, Maker, Templates};
 use mvm_runtime::timeline::{CLOCK, PLUG};
 use oci_spec::runtime::Spec;
@@ -66,6 +67,7 @@ fn boot(launcher: &MachineLauncher, name: &str, spec: &Spec, net: Option<NetRequ
         spec: spec.clone(),
         pod,
         net,
+        wish: Wish::default(),
     }))
 }
 

@@ -41,6 +41,13 @@ impl Drop for Slot {
     }
 }
 
+impl Owner {
+    /// Whether a request had the container stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stopped
+    }
+}
+
 /// Serves a container's control socket on threads of their own, for as long as this process lives.
 pub(super) fn begin(owner: &Owner, listener: UnixListener) -> Result<(), Failure> {
     let owner = owner.clone();

@@ -28,7 +28,7 @@ use crate::machine::{Disk, Machine, Plan, prepare};
 use crate::net::{Choice, NetRequest, Netns};
 use crate::rootfs::{UPPER_BYTES, Upper};
 use crate::spec::{Host, Settings, Size, size};
-use crate::state::{Ledger, Resource};
+use crate::state::{Home, Ledger, Resource, Turn, Turns, Wish};
 use crate::template::{Recipe, Source, Templates};
 use crate::timeline::{Timeline, Track};
 
@@ -56,6 +56,8 @@ pub(super) struct MachineSandbox {
     /// Where its machine comes from.
     source: Source,
     pod: bool,
+    /// Whether it is still wanted.
+    wish: Wish,
     hostname: Option<String>,
     /// Where its process is accounted.
     cgroup: Option<PathBuf>,
@@ -117,6 +119,7 @@ impl MachineSandbox {
             layout: OnceLock::new(),
             timeline: launcher.timeline.clone().unwrap_or_default(),
             pod: request.pod,
+            wish: request.wish.clone(),
             hostname: request.spec.hostname().clone(),
             cgroup: request.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()),
             stages: Stages::new(),
@@ -166,6 +169,7 @@ impl MachineSandbox {
 
     /// Starts the machine with these disks; returns when its agent is ready.
     pub(super) fn start_machine(&self, disks: Vec<Disk>) -> Result<Arc<Live>, Failure> {
+        let _turn = self.wait_for_turn()?;
         let stage = self.timeline.begin(Track::Host, "find kernel and agent");
         let recipe = Recipe::new(&self.state, self.size.cpus, self.size.memory)?;
         drop(stage);
@@ -185,6 +189,20 @@ impl MachineSandbox {
         wiring.follow(&self.stages, self.pod)?;
         self.keep_wiring(wiring);
         Ok(live)
+    }
+
+    /// Waits until it may start: times that its start has begin when this is over.
+    ///
+    /// # Errors
+    /// It was ended, or is not wanted any more; how many may start at once is no number.
+    pub(super) fn wait_for_turn(&self) -> Result<Turn, Failure> {
+        let turns = Turns::of(&Home::default_place(), self.host.cpus)?;
+        if let Some(turn) = turns.take() {
+            return Ok(turn);
+        }
+        let _stage = self.timeline.begin(Track::Host, "wait for others to start");
+        let long = || log::warn!("machine {} waits: {} others start already", self.id, turns.places());
+        turns.wait(|| self.wish.stands() && self.stages.is_planned(), long)
     }
 
     /// Has a machine run that is its own: noted, accounted, and its agent greeted.
@@ -309,7 +327,14 @@ pub(super) mod tests {
         let directory = directory.join("sandbox");
         fs::create_dir_all(&directory).unwrap();
         let spec = serde_json::from_value(spec).unwrap();
-        let request = SandboxRequest { id: "m".parse().unwrap(), directory, spec, pod: false, net: None };
+        let request = SandboxRequest {
+            id: "m".parse().unwrap(),
+            directory,
+            spec,
+            pod: false,
+            net: None,
+            wish: Wish::default(),
+        };
         MachineSandbox::new(&launcher, &request)
     }
 

@@ -38,6 +38,7 @@ use crate::agent::{Process, StdioSpec};
 use crate::failure::Failure;
 use crate::net::NetRequest;
 use crate::snapshot::{BaseMemory, Going, SavedMachine};
+use crate::state::Wish;
 use crate::timeline::Timeline;
 
 /// Makes sandboxes.
@@ -114,6 +115,8 @@ pub struct SandboxRequest {
     pub pod: bool,
     /// A network made for it; without one it takes its place in the specification's network name space.
     pub net: Option<NetRequest>,
+    /// Whether it is still wanted, while it waits for others to start.
+    pub wish: Wish,
 }
 
 /// A container to be made in a sandbox.

@@ -45,6 +45,7 @@ pub(super) fn restore(
         let why = format!("{} is a volume, and no snapshot has those", mount.target);
         return Err(Failure::new(why).refused());
     }
+    let _turn = sandbox.wait_for_turn()?;
     let ledger = Ledger::of(&sandbox.directory)?;
     let mut wiring = sandbox.wire(&ledger)?;
     let (cards, saved) = (wiring.nets().len(), going.machine.cards.len());

@@ -73,7 +73,18 @@ impl Lock {
 
 /// A lock of a whole file, however long it gets.
 fn whole(kind: libc::c_int) -> libc::flock {
+    part(kind, 0, 0)
+}
+
+/// A lock of some bytes of a file.
+pub(super) fn part(kind: libc::c_int, start: i64, bytes: i64) -> libc::flock {
     // Both are numbers below four.
     let narrow = |number: libc::c_int| libc::c_short::try_from(number).unwrap_or_default();
-    libc::flock { l_type: narrow(kind), l_whence: narrow(libc::SEEK_SET), l_start: 0, l_len: 0, l_pid: 0 }
+    libc::flock {
+        l_type: narrow(kind),
+        l_whence: narrow(libc::SEEK_SET),
+        l_start: start,
+        l_len: bytes,
+        l_pid: 0,
+    }
 }

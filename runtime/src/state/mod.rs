@@ -10,6 +10,8 @@
 //! | `control.sock` | where its owner takes requests |
 //! | `log` | what it has written |
 //!
+//! Beside them, the file `starts` has the places of machines that start at this moment.
+//!
 //! A sandbox keeps a ledger of its own in its directory, which the container's ledger names. An owner that dies drops
 //! its lock: whoever takes it then knows that the ledger must be settled.
 
@@ -19,11 +21,14 @@ mod ledger;
 mod lock;
 mod process;
 mod record;
+mod turns;
 
 pub use gc::{Cleaned, collect};
 pub use ledger::{Ledger, Resource};
 pub use process::ProcessId;
 pub use record::{Condition, Record, Restart, now};
+pub use turns::Wish;
+pub(crate) use turns::{Turn, Turns};
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind};

@@ -67,8 +67,11 @@ impl Launcher for FakeLauncher {
 
 impl FakeLauncher {
     fn machine(&self, request: &SandboxRequest) -> Result<Arc<FakeSandbox>, Failure> {
-        if annotation(request, "io.mvm.fake.boot").as_deref() == Some("fail") {
-            return Err(Failure::new("cannot boot the machine"));
+        match annotation(request, "io.mvm.fake.boot").as_deref() {
+            Some("fail") => return Err(Failure::new("cannot boot the machine")),
+            // As if as many started at this moment as may.
+            Some("wait") => return Err(wait_for_nobody(request)),
+            _ => {}
         }
         fs::create_dir_all(&request.directory)
             .context(|| "cannot make the machine's directory".to_owned())?;
@@ -82,6 +85,17 @@ impl FakeLauncher {
         let faults = Faults { directory: directory.clone() };
         Ok(Arc::new(FakeSandbox { pid, directory, faults, shared, next: AtomicU64::new(1) }))
     }
+}
+
+/// Waits until the machine is not wanted any more; says that it does in its directory.
+fn wait_for_nobody(request: &SandboxRequest) -> Failure {
+    let begun = fs::create_dir_all(&request.directory)
+        .and_then(|()| fs::write(request.directory.join("boot.waits"), ""));
+    while begun.is_ok() && request.wish.stands() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let _ = fs::remove_dir_all(&request.directory);
+    Failure::new("it was given up")
 }
 
 fn annotation(request: &SandboxRequest, name: &str) -> Option<String> {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
@@ -9,6 +10,7 @@ use containerd_shim_protos::types::mount::Mount;
 use mvm_runtime::agent::{Process as GuestProcess, StdioSpec};
 use mvm_runtime::failure::Failure;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, RestoreRequest, RootfsMount, Sandbox};
+use mvm_runtime::state::Wish;
 use oci_spec::runtime::Process as OciProcess;
 
 use super::delete::Last;
@@ -44,6 +46,8 @@ struct Recipe {
     launcher: Arc<dyn Launcher>,
     /// The pod's machine, if it is up.
     sandbox: Option<Arc<dyn Sandbox>>,
+    /// Whether it is still wanted.
+    wish: Wish,
 }
 
 /// What was made.
@@ -61,18 +65,35 @@ struct Made {
 #[derive(Default)]
 pub(super) struct Creating {
     /// Nobody wants it any more: what is made of it is undone.
-    pub(super) unwanted: bool,
+    unwanted: Arc<AtomicBool>,
     /// Who asked for its deletion.
     deletions: Vec<Reply<Last>>,
+}
+
+impl Creating {
+    /// Nobody wants it any more. If it waits for other machines to start, it does no longer.
+    pub(super) fn give_up(&self) {
+        self.unwanted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_unwanted(&self) -> bool {
+        self.unwanted.load(Ordering::Relaxed)
+    }
+
+    fn wish(&self) -> Wish {
+        let unwanted = Arc::clone(&self.unwanted);
+        Wish::new(move || !unwanted.load(Ordering::Relaxed))
+    }
 }
 
 impl Tasks {
     /// Makes a container; answers with the machine's process.
     pub(crate) fn create(&mut self, task: NewTask, reply: Reply<u32>) {
-        match self.recipe(&task) {
+        let creating = Creating::default();
+        match self.recipe(&task, creating.wish()) {
             Err(error) => drop(reply.send(Err(error))),
             Ok(recipe) => {
-                self.creating.insert(task.id.clone(), Creating::default());
+                self.creating.insert(task.id.clone(), creating);
                 if recipe.sandbox.is_none() {
                     self.machine = Machine::Booting;
                 }
@@ -81,7 +102,7 @@ impl Tasks {
         }
     }
 
-    fn recipe(&self, task: &NewTask) -> Result<Recipe> {
+    fn recipe(&self, task: &NewTask, wish: Wish) -> Result<Recipe> {
         if self.containers.contains_key(&task.id) || self.creating.contains_key(&task.id) {
             return Err(Error::already_exists(format!("task {}", task.id)));
         }
@@ -106,13 +127,14 @@ impl Tasks {
             place: Arc::clone(&self.place),
             launcher: Arc::clone(&self.launcher),
             sandbox,
+            wish,
         })
     }
 
     /// If the container is being made, it is to be deleted: says so once it is undone.
     pub(super) fn delete_creating(&mut self, id: &str, reply: Reply<Last>) -> Option<Reply<Last>> {
         let Some(creating) = self.creating.get_mut(id) else { return Some(reply) };
-        creating.unwanted = true;
+        creating.give_up();
         creating.deletions.push(reply);
         None
     }
@@ -135,7 +157,7 @@ impl Tasks {
             self.keeper = Some(task.bundle.clone());
             self.machine_is_up(Arc::clone(&made.sandbox));
         }
-        if self.creating.get(&task.id).is_none_or(|creating| creating.unwanted) {
+        if self.creating.get(&task.id).is_none_or(Creating::is_unwanted) {
             return self.undo(task.id, made, reply);
         }
         self.creating.remove(&task.id);
@@ -206,7 +228,7 @@ impl Recipe {
             terminal => terminal,
         };
         let from = RestoreRequest { checkpoint, stdio };
-        let (sandbox, restored) = self.place.restore(&*self.launcher, &self.request, &from)?;
+        let (sandbox, restored) = self.place.restore(&*self.launcher, &self.request, &from, self.wish)?;
         let ContainerRequest { bundle, spec, .. } = &self.request;
         if let Err(failure) = self.place.machine_is_up(bundle, spec, sandbox.pid()) {
             // The first failure is the one to tell.
@@ -218,7 +240,7 @@ impl Recipe {
 
     fn boot(&self) -> std::result::Result<Arc<dyn Sandbox>, Failure> {
         let pod = self.role == Role::Sandbox;
-        self.place.boot(&*self.launcher, &self.request.spec, pod)
+        self.place.boot(&*self.launcher, &self.request.spec, pod, self.wish.clone())
     }
 
     /// Makes the container. A machine for one container may have waited for it to boot.

@@ -9,7 +9,7 @@ use mvm_runtime::agent::Process;
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::hex::hex;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, RestoreRequest, Sandbox, SandboxRequest};
-use mvm_runtime::state::ProcessId;
+use mvm_runtime::state::{ProcessId, Wish};
 use oci_spec::runtime::{Process as OciProcess, Spec};
 use sha2::{Digest, Sha256};
 
@@ -83,8 +83,9 @@ impl Place {
         launcher: &dyn Launcher,
         spec: &Spec,
         pod: bool,
+        wish: Wish,
     ) -> Result<Arc<dyn Sandbox>, Failure> {
-        launcher.boot(&self.request(spec, pod)?)
+        launcher.boot(&SandboxRequest { wish, ..self.request(spec, pod)? })
     }
 
     /// Has the machine go on with a container in it; the container's process.
@@ -93,14 +94,17 @@ impl Place {
         launcher: &dyn Launcher,
         container: &ContainerRequest,
         from: &RestoreRequest,
+        wish: Wish,
     ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
-        launcher.restore_checkpoint(&self.request(&container.spec, false)?, container, from)
+        let request = SandboxRequest { wish, ..self.request(&container.spec, false)? };
+        launcher.restore_checkpoint(&request, container, from)
     }
 
     fn request(&self, spec: &Spec, pod: bool) -> Result<SandboxRequest, Failure> {
         let id = self.machine_id().try_into();
         let id = id.context(|| format!("{} cannot be a machine's name", self.group))?;
-        Ok(SandboxRequest { id, directory: self.directory(), spec: spec.clone(), pod, net: None })
+        let (directory, spec, wish) = (self.directory(), spec.clone(), Wish::default());
+        Ok(SandboxRequest { id, directory, spec, pod, net: None, wish })
     }
 
     /// Records the machine's process.

@@ -138,7 +138,7 @@ impl Tasks {
     pub(crate) fn shut_down(&mut self) -> bool {
         // containerd asks after each deletion: while others are there, what is being made is theirs.
         if self.containers.is_empty() {
-            self.creating.values_mut().for_each(|creating| creating.unwanted = true);
+            self.creating.values().for_each(Creating::give_up);
             self.end_wanted = true;
         }
         self.end_if_wanted()

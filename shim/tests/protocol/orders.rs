@@ -62,6 +62,24 @@ fn a_task_that_is_deleted_while_it_is_made_leaves_nothing_and_may_be_made_again(
 }
 
 #[test]
+fn a_task_whose_machine_waits_for_others_is_deleted_at_once() {
+    let mut config = shell("true");
+    config["annotations"] = serde_json::json!({"io.mvm.fake.boot": "wait"});
+    let mut containerd = Containerd::with_shim("one", &config);
+    thread::scope(|scope| {
+        let creation = scope.spawn(|| containerd.create("one", &Streams::default()));
+        let waits = format!("/run/mvm/{}/one/boot.waits", containerd.namespace);
+        wait_until("it waits", || fs::exists(&waits).unwrap());
+        assert_eq!(code(containerd.delete("one", "")), Code::NOT_FOUND, "it was never made");
+        assert_eq!(code(creation.join().unwrap()), Code::UNKNOWN);
+    });
+    fs::write(containerd.path("one").join("config.json"), shell("true").to_string()).unwrap();
+    containerd.create("one", &Streams::default()).unwrap();
+    containerd.delete("one", "").unwrap();
+    assert_eq!(containerd.end("one"), ["create one", "delete one 137"]);
+}
+
+#[test]
 fn a_container_that_is_deleted_while_it_is_made_does_not_end_its_pod() {
     let (containerd, machine) = pod();
     join(&containerd, "a", "exec sleep 1000");

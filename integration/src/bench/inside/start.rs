@@ -13,6 +13,7 @@ use mvm_runtime::net::NetRequest;
 use mvm_runtime::sandbox::{
     ContainerRequest, Launcher, MachineLauncher, RootfsMount, Sandbox, SandboxRequest,
 };
+use mvm_runtime::state::Wish;
 use mvm_runtime::template::{Choice, Maker};
 use oci_spec::runtime::{Process, Spec};
 
@@ -44,6 +45,7 @@ impl Started {
             spec: spec.clone(),
             pod: false,
             net: Some(NetRequest::default()),
+            wish: Wish::default(),
         };
         let sandbox = launcher.boot(&request).map_err(explain)?;
         let process = spec.process().clone().unwrap_or_default();

@@ -6,9 +6,12 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use mvm_integration::vm::{PATIENCE, initrd, scratch, state};
+use mvm_runtime::machine::{Disk, Snapshot};
 use mvm_runtime::sandbox::MachineLauncher;
+use mvm_runtime::snapshot::{Going, SavedMachine};
 use mvm_runtime::template::{Choice, Maker};
 use mvm_vmm::control::{Answer, Client, Memory, Request};
+use nix::unistd::{Whence, lseek};
 use serde_json::json;
 
 use crate::sandbox::{Fixture, PIPES, bundle, shell, unwrap};
@@ -17,6 +20,7 @@ use crate::{Test, mvm, programs};
 pub(crate) const TESTS: &[Test] = &[
     ("a_machine_is_given_memory_that_its_guest_uses_and_gives_back", plugged_and_unplugged),
     ("a_machines_memory_follows_the_limit_of_its_container", follows),
+    ("a_machine_goes_on_with_the_memory_that_it_was_given_and_is_given_more", goes_on),
 ];
 
 /// Lines of a console become commands.
@@ -189,8 +193,6 @@ fn follows() {
         assert!(hog(), "the machine has as much");
         let held = held_by(fixture.sandbox.pid());
         assert!(held > 400 * MIB, "{held} KiB");
-        let saved = fixture.sandbox.save("c", scratch(), None).expect_err("no snapshot has what was plugged");
-        assert!(saved.report().contains("given memory while it runs"), "{}", saved.report());
         let refused = limit(1 << 40).expect_err("no host has so much");
         assert!(refused.report().contains("this host has no more"), "{}", refused.report());
         unwrap(limit(64 << 20));
@@ -205,4 +207,80 @@ fn follows() {
         assert!(hog(), "it has it again");
         fixture.end();
     }
+}
+
+/// Writes 4 MB into memory alone, no two pages of which are the same, and tells their digest.
+const WRITE: &str = "busybox dd if=/dev/urandom of=/data bs=1M count=4 2> /dev/null; busybox md5sum /data";
+
+/// What was hot-plugged is on a bus otherwise than what was there at boot; the latter's order is a matter of plans.
+fn goes_on() {
+    let of = |limit_mib: u64| {
+        bundle("goes-on", |spec| {
+            spec["annotations"] = json!({"io.mvm.upper_size": "0"});
+            spec["linux"]["resources"]["memory"] = json!({"limit": limit_mib << 20});
+        })
+    };
+    let (bundle, spec) = of(64);
+    let launcher = MachineLauncher {
+        state: state(),
+        template: Choice::Always,
+        maker: Maker::Thread,
+        ..Default::default()
+    };
+    let limit = |fixture: &Fixture, mib: u64| {
+        let limit = serde_json::from_value(json!({"memory": {"limit": mib << 20}})).expect("resources");
+        unwrap(fixture.sandbox.update("c", &limit));
+    };
+    let run = |fixture: &Fixture, script: &str| fixture.run("c", &shell(&spec, script)).1;
+    let first = Fixture::launch(&launcher, &spec, false);
+    first.create("c", &bundle, &spec);
+    let init = unwrap(first.sandbox.start("c", &shell(&spec, "exec sleep 10000"), PIPES));
+    limit(&first, 192);
+    let digest = run(&first, WRITE);
+    assert!(digest.trim().ends_with("  /data"), "{digest}");
+
+    let directory = scratch().join("goes-on-saved");
+    std::fs::create_dir_all(directory.join("again")).expect("a directory");
+    let going = saved(&first, &directory, init.id);
+    let usable = |machine: &SavedMachine| machine.growth.expect("it was given some").usable_mib;
+    assert_eq!((going.machine.memory_mib.mib(), usable(&going.machine)), (128, 128));
+    // Linux uses what has the highest addresses first.
+    assert!(data_behind(&going.snapshot.memory, 128 << 20) >= 4 << 20, "the data are in what was plugged");
+    first.end();
+
+    let (grown, _process) = Fixture::restore(&launcher, ("c", &bundle, &of(192).1), &going);
+    assert_eq!(run(&grown, "busybox md5sum /data"), digest);
+    limit(&grown, 320);
+    assert_eq!(usable(&unwrap(grown.sandbox.save("c", &directory.join("again"), None))), 256);
+    assert_eq!(run(&grown, "busybox md5sum /data"), digest, "it goes on after that");
+    grown.end();
+    std::fs::remove_dir_all(&directory).expect("a directory");
+}
+
+/// How many bytes from `start` on are no hole in a file.
+fn data_behind(file: &Path, start: i64) -> i64 {
+    let (file, mut at, mut bytes) = (std::fs::File::open(file).expect("a file"), start, 0);
+    while let Ok(data) = lseek(&file, at, Whence::SeekData) {
+        at = lseek(&file, data, Whence::SeekHole).expect("there is one at the end");
+        bytes += at - data;
+    }
+    bytes
+}
+
+/// The machine of a fixture's container in `directory`, with the container's process of this number in it.
+fn saved(fixture: &Fixture, directory: &Path, process: u64) -> Going {
+    let machine = unwrap(fixture.sandbox.save("c", directory, None));
+    let disks = machine.disks.iter().zip(0..).map(|(disk, number)| Disk {
+        path: directory.join(format!("disk-{number}")),
+        read_only: disk.read_only,
+        serial: disk.serial.clone(),
+        throwaway: false,
+    });
+    let snapshot = Snapshot {
+        state: directory.join("state"),
+        memory: directory.join("memory"),
+        base: None,
+        contents: machine.contents.clone(),
+    };
+    Going { disks: disks.collect(), machine, snapshot, process, stdio: PIPES, hostname: None }
 }

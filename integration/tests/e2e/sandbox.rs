@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use mvm_integration::vm::{drain, scratch, state};
 use mvm_protocol::{ExitStatus, SignalTarget};
-use mvm_runtime::agent::StdioSpec;
+use mvm_runtime::agent::{Process as Started, StdioSpec};
 use mvm_runtime::container::NotRunnable;
 use mvm_runtime::failure::Failure;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, MachineLauncher, Sandbox, SandboxRequest};
+use mvm_runtime::snapshot::Going;
 use mvm_runtime::state::Wish;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
@@ -69,13 +70,26 @@ impl Fixture {
     }
 
     pub(crate) fn launch(launcher: &MachineLauncher, spec: &Spec, pod: bool) -> Self {
+        let request = Self::request(spec, pod);
+        Self { sandbox: unwrap(launcher.boot(&request)), directory: request.directory }
+    }
+
+    /// The machine of a container that was saved goes on in a sandbox of its own; that, and the container's process.
+    pub(crate) fn restore(
+        launcher: &MachineLauncher,
+        (id, bundle, spec): (&str, &Path, &Spec),
+        going: &Going,
+    ) -> (Self, Started) {
+        let request = Self::request(spec, false);
+        let (sandbox, process) = unwrap(launcher.restore(&request, &container(id, bundle, spec), going));
+        (Self { sandbox, directory: request.directory }, process)
+    }
+
+    fn request(spec: &Spec, pod: bool) -> SandboxRequest {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("sandbox-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let directory = scratch().join(&name);
-        let id = name.parse().expect("a name");
-        let (spec, wish) = (spec.clone(), Wish::default());
-        let request = SandboxRequest { id, directory: directory.clone(), spec, pod, net: None, wish };
-        Self { sandbox: unwrap(launcher.boot(&request)), directory }
+        let (id, directory) = (name.parse().expect("a name"), scratch().join(&name));
+        SandboxRequest { id, directory, spec: spec.clone(), pod, net: None, wish: Wish::default() }
     }
 
     pub(crate) fn create(&self, id: &str, bundle: &Path, spec: &Spec) {
@@ -83,13 +97,7 @@ impl Fixture {
     }
 
     fn try_create(&self, id: &str, bundle: &Path, spec: &Spec) -> Result<(), Failure> {
-        let request = ContainerRequest {
-            id: id.to_owned(),
-            bundle: bundle.to_path_buf(),
-            spec: spec.clone(),
-            rootfs: Vec::new(),
-        };
-        self.sandbox.create(&request)
+        self.sandbox.create(&container(id, bundle, spec))
     }
 
     /// Runs a process to its end.
@@ -112,6 +120,11 @@ impl Fixture {
         assert!(pid == 0 || !Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left");
         unwrap(self.sandbox.end());
     }
+}
+
+fn container(id: &str, bundle: &Path, spec: &Spec) -> ContainerRequest {
+    let (id, bundle) = (id.to_owned(), bundle.to_path_buf());
+    ContainerRequest { id, bundle, spec: spec.clone(), rootfs: Vec::new() }
 }
 
 /// The container's process with another command.

@@ -20,6 +20,9 @@ pub struct Plan {
     pub memory: MemSize,
     /// MiB beyond that which it can be given while it runs.
     pub pluggable_mib: u64,
+    /// MiB that a device can plug which is there from the beginning, behind all else on the bus: a machine that goes on
+    /// has it if it had it.
+    pub plugs_mib: Option<u64>,
     /// What it starts from.
     pub origin: Origin,
     /// Disks, in the order the guest finds them.
@@ -82,6 +85,7 @@ impl Plan {
             cpus: VcpuCount::default(),
             memory: MemSize::default(),
             pluggable_mib: 0,
+            plugs_mib: None,
             origin,
             disks: Vec::new(),
             nets: Vec::new(),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::vsock::dialer::DialServer;
-use mvm_devices::virtio::{DeviceSpec, console, vsock};
+use mvm_devices::virtio::{DeviceSpec, console, mem, vsock};
 use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Restore, Serial, Start};
 use mvm_vmm::launch::{Files, Launch};
 
@@ -102,6 +102,8 @@ fn fill(plan: &Plan, mut opening: Opening) -> Result<(MachineConfig, Opening), F
         opening.fixed(plan)?;
     }
     let terminal = opening.console(plan)?;
+    let plugs = |size_mib| DeviceSpec::Mem(mem::Config { size_mib, address: 0 });
+    opening.devices.extend(plan.plugs_mib.map(plugs));
     let control = opening.control(plan.sockets.as_deref())?;
     if let (Start::Boot(boot), Origin::Kernel(kernel)) = (&mut start, &plan.origin) {
         let cmdline = format!("{terminal}{}", kernel.cmdline).trim_end().to_owned();
@@ -341,6 +343,7 @@ mod tests {
                 DeviceSpec::Block(_) => "disk",
                 DeviceSpec::Net(_) => "card",
                 DeviceSpec::Vsock(_) => "vsock",
+                DeviceSpec::Mem(_) => "memory",
                 _ => "other",
             };
             describe(plan).unwrap().devices.iter().map(kind).collect()
@@ -348,6 +351,9 @@ mod tests {
         assert_eq!(kinds(&plan), ["disk", "card", "vsock", "other"]);
         let plugged = Plan { plugged: true, console: None, ..plan.clone() };
         assert_eq!(kinds(&plugged), ["vsock", "card", "disk"], "where they are plugged in");
+        let grown = |plan: Plan| kinds(&Plan { plugs_mib: Some(256), ..plan });
+        assert_eq!(grown(plugged), ["vsock", "card", "disk", "memory"]);
+        assert_eq!(grown(plan.clone()), ["disk", "card", "vsock", "other", "memory"]);
 
         let mut saved =
             Snapshot { state: "/no/s".into(), memory: "/no/m".into(), base: None, contents: "k".to_owned() };

@@ -8,6 +8,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mvm_vmm::layout::plugged_in;
+
+use super::limits::Sizes;
 use super::machine::MachineSandbox;
 use super::member::root_name;
 use super::restore::{self, Then};
@@ -19,7 +22,9 @@ use crate::digest::sha256;
 use crate::failure::{Context, Failure};
 use crate::machine::{Disk, Snapshot};
 use crate::rootfs::{self, LAYER_DISKS, Prepared};
-use crate::snapshot::{Checkpoint, Going, Opened, Piece, SavedDisk, Snapshots, memory_file, state_file};
+use crate::snapshot::{
+    Checkpoint, Going, Opened, Piece, SavedDisk, SavedGrowth, Snapshots, memory_file, state_file,
+};
 use crate::whole_file::write_whole;
 
 /// Saves the machine of `sandbox` with its only container into a directory of its engine's.
@@ -52,14 +57,15 @@ pub(super) fn write(
 
 /// Has a new sandbox's machine go on from a checkpoint; the container's first process, which stands still.
 pub(super) fn restore(
-    sandbox: &MachineSandbox,
+    sandbox: &mut MachineSandbox,
     container: &ContainerRequest,
     from: &RestoreRequest,
 ) -> Result<Process, Failure> {
     let opened = Opened::open(&from.checkpoint)?;
     let checkpoint = &opened.checkpoint;
     opened.check_host()?;
-    check_fit(sandbox, checkpoint, from.stdio).map_err(Failure::refused)?;
+    let sizes = Sizes::of(container.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()));
+    check_fit(sandbox, &sizes, checkpoint, from.stdio).map_err(Failure::refused)?;
     let directory = sandbox.directory.join(root_name(&container.id));
     fs::create_dir_all(&directory).context(|| format!("cannot make {}", directory.display()))?;
     let mut rootfs = prepare(sandbox, container, &directory)?;
@@ -112,12 +118,27 @@ fn prepare(
 }
 
 /// Whether the machine of the checkpoint is the one that the container is to have.
-fn check_fit(sandbox: &MachineSandbox, checkpoint: &Checkpoint, stdio: StdioSpec) -> Result<(), Failure> {
+fn check_fit(
+    sandbox: &MachineSandbox,
+    sizes: &Sizes,
+    checkpoint: &Checkpoint,
+    stdio: StdioSpec,
+) -> Result<(), Failure> {
     let (machine, size) = (&checkpoint.machine, &sandbox.size);
-    if (machine.cpus, machine.memory_mib) != (size.cpus, size.memory) {
+    // What it was given counts as what it began with, in the blocks that it comes in.
+    let (memory, wanted, fits) = match machine.growth {
+        None => (machine.memory_mib.mib(), size.memory, machine.memory_mib == size.memory),
+        Some(SavedGrowth { usable_mib, .. }) => {
+            let (ram, wanted) = (machine.memory_mib, sandbox.memory_of(sizes));
+            let rest = wanted.bytes().checked_sub(ram.bytes());
+            let fits = rest.is_some_and(|rest| usable_mib << 20 <= plugged_in(ram.bytes(), rest));
+            (ram.mib().saturating_add(usable_mib), wanted, fits)
+        }
+    };
+    if machine.cpus != size.cpus || !fits {
         let describe = |cpus: u8, mib: u64| format!("{cpus} CPUs and {mib} MiB");
-        let saved = describe(machine.cpus.get(), machine.memory_mib.mib());
-        let wanted = describe(size.cpus.get(), size.memory.mib());
+        let saved = describe(machine.cpus.get(), memory);
+        let wanted = describe(size.cpus.get(), wanted.mib());
         return Err(Failure::new(format!(
             "the checkpoint is of a machine with {saved}, and the container is to have one with {wanted}"
         ))
@@ -211,13 +232,41 @@ mod tests {
         let pipes = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
         let checkpoint = checkpoint_of(vec!["ab".to_owned()]);
         let sandbox = planned(dir.path(), alone()).unwrap();
-        check_fit(&sandbox, &checkpoint, pipes).unwrap();
-        let terminal = check_fit(&sandbox, &checkpoint, StdioSpec::Terminal(Default::default()));
+        let none = Sizes::default();
+        check_fit(&sandbox, &none, &checkpoint, pipes).unwrap();
+        let terminal = check_fit(&sandbox, &none, &checkpoint, StdioSpec::Terminal(Default::default()));
         assert!(terminal.unwrap_err().report().contains("has no terminal"));
         let mut spec = alone();
         spec["annotations"] = json!({"io.mvm.memory": "64M"});
         let small = planned(&dir.path().join("small"), spec).unwrap();
-        let report = check_fit(&small, &checkpoint, pipes).unwrap_err().report();
+        let report = check_fit(&small, &none, &checkpoint, pipes).unwrap_err().report();
         assert!(report.contains("the container is to have one with 1 CPUs and 64 MiB"), "{report}");
+    }
+
+    #[test]
+    fn a_machine_that_was_given_memory_fits_a_container_that_may_have_as_much_in_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipes = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
+        let fits = |limit_mib: u64, ram_mib: u64, usable_mib: u64| {
+            let mut spec = alone();
+            spec["linux"]["resources"] = json!({"memory": {"limit": limit_mib << 20}});
+            let sizes = Sizes::of(Some(&serde_json::from_value(spec["linux"]["resources"].clone()).unwrap()));
+            let mut sandbox = planned(&dir.path().join(format!("{limit_mib}")), spec).unwrap();
+            sandbox.host.memory_mib = 4096;
+            let mut checkpoint = checkpoint_of(vec!["ab".to_owned()]);
+            checkpoint.machine.memory_mib = ram_mib.try_into().unwrap();
+            checkpoint.machine.growth = Some(SavedGrowth { most_mib: 4096 << 10, usable_mib });
+            check_fit(&sandbox, &sizes, &checkpoint, pipes).map_err(|failure| failure.report())
+        };
+        // 512 MiB take 576 in all, which are four blocks more than 128.
+        assert_eq!([fits(512, 128, 512), fits(512, 128, 0), fits(512, 576, 0)], [const { Ok(()) }; 3]);
+        for (ram, usable) in [(128, 640), (576, 128), (1024, 0), (128, u64::MAX >> 20)] {
+            let report = fits(512, ram, usable).unwrap_err();
+            assert!(report.contains("to have one with 1 CPUs and 576 MiB"), "{report}");
+        }
+        assert!(
+            fits(64, 128, 128).unwrap_err().contains("1 CPUs and 256 MiB, and"),
+            "as large as it was once"
+        );
     }
 }

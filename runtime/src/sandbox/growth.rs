@@ -11,21 +11,36 @@ use std::time::Duration;
 use mvm_devices::virtio::mem::STEP_MIB;
 use mvm_vmm::config::MemSize;
 
+use super::limits::Sizes;
 use super::machine::MachineSandbox;
 pub(super) use super::plugging::Growth;
 use super::plugging::Guest;
 use super::stage::Live;
 use crate::failure::Failure;
+use crate::snapshot::SavedMachine;
 use crate::spec::{Size, memory_for};
 
 /// How long a guest may take to plug memory: an emulated one plugs 4 GiB in a second.
 const PLUG_TIME: Duration = Duration::from_secs(30);
 
 impl MachineSandbox {
-    /// MiB it can be given while it runs: what its host has besides, in the steps that memory comes in.
+    /// MiB it can be given while it runs: what its host has besides, in the steps that memory comes in, and its device
+    /// can plug.
     pub(super) fn pluggable_mib(&self) -> u64 {
         let most = self.host.memory_mib.min(MemSize::MAX_MIB);
-        most.saturating_sub(self.size.memory.mib()) / STEP_MIB * STEP_MIB
+        let besides = most.saturating_sub(self.size.memory.mib()) / STEP_MIB * STEP_MIB;
+        self.plugs_mib.map_or(besides, |mib| mib.min(besides))
+    }
+
+    /// It goes on as a machine that was saved: of that size, and with what it had been given.
+    pub(super) fn go_on_as(&mut self, machine: &SavedMachine) {
+        self.size = Size { cpus: machine.cpus, memory: machine.memory_mib };
+        self.plugs_mib = machine.growth.map(|growth| growth.most_mib);
+    }
+
+    /// The memory it may have in all for a container of these limits alone.
+    pub(super) fn memory_of(&self, sizes: &Sizes) -> MemSize {
+        self.memory_for([sizes.memory].into_iter())
     }
 
     /// The largest it can become.
@@ -92,6 +107,14 @@ mod tests {
         assert_eq!(pod(&[]), 128);
         assert_eq!(pod(&[64, 64]), 128, "what is in it fits");
         assert_eq!((pod(&[100, 0, 156]), pod(&[u64::MAX >> 20; 2])), (256 + 8 + 48, 896));
+        sandbox.plugs_mib = Some(256);
+        assert_eq!(
+            (sandbox.pluggable_mib(), sandbox.most().memory.mib()),
+            (256, 384),
+            "no more than its device can"
+        );
+        sandbox.plugs_mib = Some(1 << 20);
+        assert_eq!(sandbox.pluggable_mib(), 768, "nor its host");
         sandbox.host.memory_mib = 64;
         assert_eq!((sandbox.pluggable_mib(), sandbox.most().memory.mib()), (0, 128));
     }

@@ -69,7 +69,7 @@ impl Launcher for MachineLauncher {
             let _ = sandbox.end();
             return Err(failure);
         }
-        Ok(sandbox)
+        Ok(Arc::new(sandbox))
     }
 
     fn restore(
@@ -78,9 +78,9 @@ impl Launcher for MachineLauncher {
         container: &ContainerRequest,
         going: &Going,
     ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
-        let sandbox = self.plan(request)?;
+        let mut sandbox = self.plan(request)?;
         let rootfs = Prepared::of(going.disks.clone());
-        let process = restore::restore(&sandbox, container, going, (rootfs, Then::GoOn));
+        let process = restore::restore(&mut sandbox, container, going, (rootfs, Then::GoOn));
         going_on(sandbox, process)
     }
 
@@ -90,19 +90,19 @@ impl Launcher for MachineLauncher {
         container: &ContainerRequest,
         from: &RestoreRequest,
     ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
-        let sandbox = self.plan(request)?;
-        let process = checkpoint::restore(&sandbox, container, from);
+        let mut sandbox = self.plan(request)?;
+        let process = checkpoint::restore(&mut sandbox, container, from);
         going_on(sandbox, process)
     }
 }
 
 /// The sandbox, unless nothing runs in it.
 fn going_on(
-    sandbox: Arc<MachineSandbox>,
+    sandbox: MachineSandbox,
     process: Result<Process, Failure>,
 ) -> Result<(Arc<dyn Sandbox>, Process), Failure> {
     match process {
-        Ok(process) => Ok((sandbox, process)),
+        Ok(process) => Ok((Arc::new(sandbox), process)),
         Err(failure) => {
             let _ = sandbox.end();
             Err(Failure::because(format!("machine {} does not go on", sandbox.id), failure))
@@ -112,10 +112,10 @@ fn going_on(
 
 impl MachineLauncher {
     /// A sandbox with its directory, and nothing in it.
-    fn plan(&self, request: &SandboxRequest) -> Result<Arc<MachineSandbox>, Failure> {
+    fn plan(&self, request: &SandboxRequest) -> Result<MachineSandbox, Failure> {
         let sandbox = MachineSandbox::new(self, request)?;
         make(&request.directory).context(|| format!("cannot make {}", request.directory.display()))?;
-        Ok(Arc::new(sandbox))
+        Ok(sandbox)
     }
 }
 

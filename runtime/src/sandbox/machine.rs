@@ -48,6 +48,8 @@ pub(super) struct MachineSandbox {
     pub(super) size: Size,
     /// What the host can give it.
     pub(super) host: Host,
+    /// MiB that its device can plug, if it goes on with one.
+    pub(super) plugs_mib: Option<u64>,
     /// The memory it was given beyond its size.
     pub(super) growth: Mutex<Growth>,
     place: Place,
@@ -105,6 +107,7 @@ impl MachineSandbox {
             allowed_annotations,
             size: size(&request.spec, &settings, launcher.host),
             host: launcher.host,
+            plugs_mib: None,
             growth: Mutex::default(),
             place: match &request.net {
                 Some(net) => Place::Made(net.clone()),

@@ -6,12 +6,17 @@ use std::io::ErrorKind;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mvm_vmm::config::MemSize;
+
 use crate::agent::AgentClient;
 use crate::failure::{Context, Failure};
-use crate::machine::Control;
+use crate::machine::{Control, Memory};
+use crate::snapshot::SavedGrowth;
 
 /// How often it is looked whether a guest has plugged what it was given, and how far apart what is busy is asked again.
 const INTERVAL: Duration = Duration::from_millis(10);
+/// How long something may be busy before a machine is not saved for it, or does not go on.
+const BUSY_TIME: Duration = Duration::from_secs(2);
 
 /// What a machine was given beyond its size. It has been asked for more than its guest has only if a growth failed, and
 /// could not be taken back either.
@@ -65,6 +70,30 @@ impl Growth {
         control.memory(Some(mib))?;
         (self.mib, self.asked_mib) = (self.mib.min(mib), mib);
         Ok(())
+    }
+
+    /// That of a machine of `ram` that goes on with what it had been given.
+    pub(super) fn going(control: &Control, ram: MemSize) -> Result<Self, Failure> {
+        let end = Instant::now() + BUSY_TIME;
+        let Memory { size_mib, plugged_mib, .. } = patiently(end, || control.memory(None))?;
+        let beyond = |mib: u64| if mib > ram.mib() { mib } else { 0 };
+        // One that was still plugging when it was saved has less than it was asked to have.
+        Ok(Self {
+            is_attached: true,
+            mib: beyond(size_mib.min(plugged_mib)),
+            asked_mib: beyond(size_mib.max(plugged_mib)),
+        })
+    }
+
+    /// What is saved of it with a machine of `ram`.
+    pub(super) fn saved(&self, control: &Control, ram: MemSize) -> Result<Option<SavedGrowth>, Failure> {
+        if !self.is_attached {
+            return Ok(None);
+        }
+        let end = Instant::now() + BUSY_TIME;
+        let Memory { max_mib, usable_mib, .. } = patiently(end, || control.memory(None))?;
+        let [most_mib, usable_mib] = [max_mib, usable_mib].map(|mib| mib.saturating_sub(ram.mib()));
+        Ok(Some(SavedGrowth { most_mib, usable_mib }))
     }
 
     fn attach(&mut self, guest: &Guest<'_>, pluggable: u64) -> Result<(), Failure> {
@@ -130,10 +159,10 @@ mod tests {
     const ATTACHED: &str = r#"{"ok":{"device":5}}"#;
     const BUSY: &str = r#"{"busy":"a device is busy"}"#;
     const THERE: &str = r#"{"error":"there is such a device already"}"#;
-    const NONE: &str = r#"{"ok":{"size_mib":128,"plugged_mib":128,"max_mib":1152}}"#;
-    const ASKED: &str = r#"{"ok":{"size_mib":640,"plugged_mib":128,"max_mib":1152}}"#;
-    const HALF: &str = r#"{"ok":{"size_mib":640,"plugged_mib":512,"max_mib":1152}}"#;
-    const WHOLE: &str = r#"{"ok":{"size_mib":640,"plugged_mib":640,"max_mib":1152}}"#;
+    const NONE: &str = r#"{"ok":{"size_mib":128,"plugged_mib":128,"max_mib":1152,"usable_mib":640}}"#;
+    const ASKED: &str = r#"{"ok":{"size_mib":640,"plugged_mib":128,"max_mib":1152,"usable_mib":640}}"#;
+    const HALF: &str = r#"{"ok":{"size_mib":640,"plugged_mib":512,"max_mib":1152,"usable_mib":640}}"#;
+    const WHOLE: &str = r#"{"ok":{"size_mib":640,"plugged_mib":640,"max_mib":1152,"usable_mib":640}}"#;
 
     const ATTACH: &str = r#"{"command":"attach","device":{"type":"mem","size_mib":1024}}"#;
     const GIVE: &str = r#"{"command":"memory","size_mib":640}"#;
@@ -299,5 +328,25 @@ mod tests {
         let take = r#"{"command":"memory","size_mib":128}"#;
         assert_eq!(host.join().unwrap(), [take, take]);
         assert_eq!((growth.mib, growth.asked_mib), (128, 128));
+    }
+
+    #[test]
+    fn a_machine_that_goes_on_has_what_it_was_given_when_it_was_saved_and_the_same_device() {
+        let ram = MemSize::try_from(128).unwrap();
+        let unplugged = Growth::default();
+        let (control, host) = answering(&[WHOLE, BUSY, HALF, NONE, BUSY, WHOLE]);
+        assert_eq!(unplugged.saved(&control, ram).unwrap(), None, "nothing is asked");
+        let known = |growth: &Growth| (growth.is_attached, growth.mib, growth.asked_mib);
+        let mut growth = Growth::going(&control, ram).unwrap();
+        assert_eq!(known(&growth), (true, 640, 640));
+        assert_eq!(known(&Growth::going(&control, ram).unwrap()), (true, 512, 640));
+        assert_eq!(known(&Growth::going(&control, ram).unwrap()), (true, 0, 0));
+        let saved = growth.saved(&control, ram).unwrap();
+        assert_eq!(saved, Some(SavedGrowth { most_mib: 1024, usable_mib: 512 }));
+        drop(control);
+        assert_eq!(host.join().unwrap(), [LOOK; 6]);
+        let agent = agent(&[]);
+        let (said, asked) = grow(&mut growth, (&agent, LONG), &[], &[640]);
+        assert_eq!((said, asked), (vec![String::new()], Vec::new()), "it has that");
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use mvm_protocol::Configure;
 
 use super::ContainerRequest;
+use super::growth::Growth;
 use super::machine::{Layout, MachineSandbox};
 use super::member::Member;
 use crate::agent::{AgentClient, Process};
@@ -34,11 +35,12 @@ pub(super) enum Then {
 /// Has the machine go on; the container's first process, with its streams opened anew. Its sandbox must be new. Nothing
 /// runs if that fails, and what it has on the host is removed with it.
 pub(super) fn restore(
-    sandbox: &MachineSandbox,
+    sandbox: &mut MachineSandbox,
     container: &ContainerRequest,
     going: &Going,
     (rootfs, then): (Prepared, Then),
 ) -> Result<Process, Failure> {
+    sandbox.go_on_as(&going.machine);
     let translated = translate(&container.spec, &container.bundle, going.machine.cpus.get())?;
     if let Some(MountPart::Host(mount)) = translated.mounts.iter().find(|it| matches!(it, MountPart::Host(_)))
     {
@@ -57,6 +59,7 @@ pub(super) fn restore(
         cpus: going.machine.cpus,
         memory: going.machine.memory_mib,
         pluggable_mib: sandbox.pluggable_mib(),
+        plugs_mib: sandbox.plugs_mib,
         disks: going.disks.clone(),
         nets: wiring.nets().into_iter().map(most_able).collect(),
         netns: sandbox.netns(),
@@ -65,6 +68,10 @@ pub(super) fn restore(
         ..Plan::new(sandbox.id.clone(), Origin::Saved(going.snapshot.clone()))
     };
     let (mut machine, agent) = sandbox.run(&plan, &ledger, AGENT_TIME)?;
+    if sandbox.plugs_mib.is_some() {
+        let growth = Growth::going(machine.control(), sandbox.size.memory);
+        *sandbox.growth() = growth.map_err(|failure| machine.explain(failure))?;
+    }
     let (process, others) = take_over(&agent, going).map_err(|failure| machine.explain(failure))?;
     replace_cards(&agent, &machine, &wiring.nets(), going).map_err(|failure| machine.explain(failure))?;
     let place = Configure { hostname: Some(sandbox.hostname()), ..wiring.configure(&sandbox.hostname()) };

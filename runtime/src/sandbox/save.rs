@@ -116,18 +116,14 @@ pub(super) fn save(
     // Nothing is plugged in or out meanwhile.
     let _changing = sandbox.changing();
     let live = sandbox.stages.running()?;
-    let growth = sandbox.growth();
-    if growth.is_attached {
-        let why = "its machine can be given memory while it runs, since a limit was raised, and no snapshot has that";
-        return Err(Failure::new(format!("container {container} cannot be saved: {why}"))
-            .help("run it anew with the limit it has now")
-            .refused());
-    }
+    // Nor is any memory.
+    let given = sandbox.growth();
     let subject = subject(sandbox, container).map_err(Failure::refused)?;
     let wiring = sandbox.wiring();
     let cards = wiring.as_ref().map(Wiring::stand_still).unwrap_or_default();
     let control = live.control();
     cards.check(&control)?;
+    let growth = given.saved(&control, sandbox.size.memory)?;
     let (layout, contents, directory) = (sandbox.layout()?, random::<CONTENTS>()?, saving.directory);
     let (state, memory) = (create(&state_file(directory))?, create(&memory_file(directory))?);
     let below =
@@ -154,6 +150,7 @@ pub(super) fn save(
     Ok(SavedMachine {
         cpus: sandbox.size.cpus,
         memory_mib: sandbox.size.memory,
+        growth,
         contents,
         plugged: layout.plugged,
         devices: layout.devices.clone(),

@@ -171,8 +171,10 @@ impl Checkpoint {
         if self.processor.len().max(self.vmm_sha256.len()) > MAX_TEXT {
             return wrong("words longer than there are");
         }
-        let ram = self.machine.memory_mib.bytes();
-        if self.files.memory.bytes > ram.saturating_add(MEMORY_HEADER) || self.files.state.bytes > MAX_STATE {
+        let memory = self.machine.bytes();
+        if self.files.memory.bytes > memory.saturating_add(MEMORY_HEADER)
+            || self.files.state.bytes > MAX_STATE
+        {
             return wrong("more memory or devices than its machine has");
         }
         Ok(())

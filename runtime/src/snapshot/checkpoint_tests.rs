@@ -121,6 +121,7 @@ fn a_record_that_cannot_be_is_refused_before_anything_is_unpacked() {
         ("/files/writes", json!(null), "another disk of writes"),
         ("/files/writes/bytes", json!(1_u64 << 62), "another disk of writes"),
         ("/files/memory/bytes", json!(1_u64 << 62), "more memory"),
+        ("/files/memory/bytes", json!((128_u64 << 20) + (2 << 20)), "more memory"),
         ("/files/state/bytes", json!(1_u64 << 62), "more memory or devices"),
         ("/machine/devices", json!([{"type": "block", "path": "/etc/shadow"}]), "cannot read"),
         ("/machine/root", json!(""), "impossible name"),

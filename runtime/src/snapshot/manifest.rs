@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use mvm_devices::virtio::DeviceSpec;
+use mvm_devices::virtio::mem::STEP_MIB;
 use mvm_devices::virtio::net::MacAddress;
 use mvm_protocol::limits::MAX_ID;
 use mvm_protocol::{VERSION as PROTOCOL, Version};
@@ -105,6 +106,9 @@ pub struct SavedMachine {
     pub cpus: VcpuCount,
     /// RAM.
     pub memory_mib: MemSize,
+    /// What it could be given beyond that, if it ever was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<SavedGrowth>,
     /// What its state says is in it.
     pub contents: String,
     /// Disks and cards had been plugged into it.
@@ -132,6 +136,16 @@ pub struct SavedMachine {
     pub state_bytes: u64,
     /// How long the machine was held, in milliseconds.
     pub held_ms: u64,
+}
+
+/// Memory beyond RAM of a machine that was saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedGrowth {
+    /// MiB that could be plugged at most.
+    pub most_mib: u64,
+    /// MiB of these that its guest could touch: as much is in the file of its memory.
+    pub usable_mib: u64,
 }
 
 /// A disk that was saved.
@@ -258,6 +272,12 @@ impl SavedMachine {
         if !self.devices.iter().all(|device| matches!(device, DeviceSpec::Balloon(_) | DeviceSpec::Rng(_))) {
             return wrong("a device that needs a file of the host");
         }
+        let room = MemSize::MAX_MIB.saturating_sub(self.memory_mib.mib());
+        if self.growth.is_some_and(|it| {
+            it.most_mib > room || !it.most_mib.is_multiple_of(STEP_MIB) || it.usable_mib > it.most_mib
+        }) {
+            return wrong("more memory than a machine can have");
+        }
         if self.disks.iter().filter(|disk| !disk.read_only).count() > 1 {
             return wrong("several disks that are written");
         }
@@ -298,6 +318,12 @@ impl SavedMachine {
             disks.push(Disk { path, read_only: *read_only, serial: serial.clone(), throwaway: false });
         }
         Ok((Snapshot { state, memory, base, contents: self.contents.clone() }, disks))
+    }
+
+    /// Bytes of memory that are in its file, zeroes or not.
+    pub(super) fn bytes(&self) -> u64 {
+        let usable_mib = self.growth.map_or(0, |growth| growth.usable_mib);
+        self.memory_mib.mib().saturating_add(usable_mib).saturating_mul(1 << 20)
     }
 
     /// The number of the disk that the container's writes are on.

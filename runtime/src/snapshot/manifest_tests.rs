@@ -13,6 +13,7 @@ pub(crate) fn manifest(name: &str) -> Manifest {
     let machine = SavedMachine {
         cpus: VcpuCount::default(),
         memory_mib: MemSize::default(),
+        growth: None,
         contents: "0".repeat(32),
         plugged: false,
         devices: vec![DeviceSpec::Balloon(Default::default())],
@@ -53,6 +54,7 @@ fn a_manifest_that_was_written_is_read() {
     let manifest = manifest("before");
     assert_eq!(read(&serde_json::to_value(&manifest).unwrap()), Ok(manifest.clone()));
     let mut above = manifest;
+    above.run.machine.growth = Some(SavedGrowth { most_mib: 1024, usable_mib: 256 });
     above.run.machine.base = Some(Base { name: "first".parse().unwrap(), contents: "0".repeat(32) });
     assert_eq!(read(&serde_json::to_value(&above).unwrap()), Ok(above));
 }
@@ -61,6 +63,7 @@ fn a_manifest_that_was_written_is_read() {
 fn a_manifest_of_another_version_with_more_or_less_in_it_or_that_cannot_be_is_an_error() {
     let mut good = serde_json::to_value(manifest("before")).unwrap();
     good["run"]["machine"]["base"] = serde_json::Value::Null;
+    good["run"]["machine"]["growth"] = serde_json::Value::Null;
     let changed = |pointer: &str, value: serde_json::Value| {
         let mut bad = good.clone();
         *bad.pointer_mut(pointer).unwrap() = value;
@@ -82,6 +85,9 @@ fn a_manifest_of_another_version_with_more_or_less_in_it_or_that_cannot_be_is_an
         ("/run/machine/devices/0", serde_json::json!({"type": "block", "disk": 4})),
         ("/run/job", serde_json::json!({})),
         ("/run/machine/base", serde_json::json!({"name": "../x", "contents": ""})),
+        ("/run/machine/growth", serde_json::json!({"most_mib": 512 << 10, "usable_mib": 0})),
+        ("/run/machine/growth", serde_json::json!({"most_mib": 100, "usable_mib": 0})),
+        ("/run/machine/growth", serde_json::json!({"most_mib": 128, "usable_mib": 256})),
         ("/run/machine/base", serde_json::json!({"name": "x", "contents": "", "path": "/x"})),
         (
             "/run/machine/disks/0",

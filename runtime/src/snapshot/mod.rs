@@ -27,6 +27,8 @@ mod store;
 pub(crate) use checkpoint::tests::checkpoint_of;
 pub(crate) use checkpoint::{Checkpoint, Opened, Piece};
 pub use make::make;
-pub use manifest::{Base, BaseMemory, Going, Manifest, Of, SavedDisk, SavedMachine, SavedRun, VERSION};
+pub use manifest::{
+    Base, BaseMemory, Going, Manifest, Of, SavedDisk, SavedGrowth, SavedMachine, SavedRun, VERSION,
+};
 pub(crate) use manifest::{disk_file, memory_file, state_file};
 pub use store::{Entry, Snapshots};

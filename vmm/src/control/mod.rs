@@ -180,6 +180,9 @@ pub struct Memory {
     pub plugged_mib: u64,
     /// MiB it can have at most.
     pub max_mib: u64,
+    /// MiB it can touch: what it boots with, and whatever it was to have at any time, in whole blocks of its kernel. A
+    /// snapshot has as much.
+    pub usable_mib: u64,
 }
 
 /// Where an attached device is.
@@ -352,7 +355,8 @@ mod tests {
     fn every_answer_survives_the_wire() {
         let info = Info { id: "a".into(), pid: 1, state: MachineState::Paused, cpus: 2, memory_mib: 128 };
         let balloon = Answer::Balloon(Balloon { target_mib: 2, actual_mib: 1 });
-        let memory = Answer::Memory(Memory { size_mib: 256, plugged_mib: 128, max_mib: 1024 });
+        let memory =
+            Answer::Memory(Memory { size_mib: 256, plugged_mib: 128, max_mib: 1024, usable_mib: 256 });
         let attached = Answer::Attached(Attached { device: 3 });
         let metrics = Answer::Metrics(Metrics::default());
         let saved = Answer::Snapshot(Snapshot { memory_bytes: 4096, state_bytes: 1, held_ns: 2 });

@@ -171,10 +171,10 @@ impl Subject<'_> {
                 if resized.is_ok() && size_mib.is_some() {
                     device.notify_config_changed();
                 }
-                let Standing { region, requested, plugged, .. } = mem::standing(space);
-                let [max_mib, size_mib, plugged_mib] =
-                    [region, requested, plugged].map(|bytes| self.config.memory.mib() + (bytes >> 20));
-                let memory = Memory { size_mib, plugged_mib, max_mib };
+                let Standing { region, usable, requested, plugged } = mem::standing(space);
+                let [max_mib, usable_mib, size_mib, plugged_mib] = [region, usable, requested, plugged]
+                    .map(|bytes| self.config.memory.mib() + (bytes >> 20));
+                let memory = Memory { size_mib, plugged_mib, max_mib, usable_mib };
                 reply = Some(resized.map(|()| memory).map_err(Reply::Error));
             }
         });

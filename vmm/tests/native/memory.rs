@@ -48,17 +48,25 @@ fn why(vm: Vm) -> String {
 fn a_machine_is_asked_to_have_more_memory_up_to_what_it_was_made_for() {
     let mut vm = machine(1024, |_, _| ());
     vm.wait_for_guest();
-    let standing = |size_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 1040 });
-    assert_eq!(ask(&mut vm, None), standing(16));
-    for (wanted, size) in [(17, 18), (18, 18), (272, 272), (1040, 1040), (400, 400), (1, 16), (0, 16)] {
-        assert_eq!(ask(&mut vm, Some(wanted)), standing(size), "{wanted}");
+    let standing = |size_mib, usable_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 1040, usable_mib });
+    assert_eq!(ask(&mut vm, None), standing(16, 16));
+    for (wanted, size, usable) in [
+        (17, 18, 144),
+        (18, 18, 144),
+        (272, 272, 272),
+        (1040, 1040, 1040),
+        (400, 400, 1040),
+        (1, 16, 1040),
+        (0, 16, 1040),
+    ] {
+        assert_eq!(ask(&mut vm, Some(wanted)), standing(size, usable), "{wanted}");
     }
-    assert_eq!(ask(&mut vm, Some(400)), standing(400));
+    assert_eq!(ask(&mut vm, Some(400)), standing(400, 1040));
     for wanted in [1041, u64::MAX] {
         let error = ask(&mut vm, Some(wanted)).unwrap_err();
         assert!(error.contains("at most 1040 MiB"), "{error}");
     }
-    assert_eq!(ask(&mut vm, None), standing(400), "as it was");
+    assert_eq!(ask(&mut vm, None), standing(400, 1040), "as it was");
     stop(vm);
 }
 
@@ -91,7 +99,7 @@ fn the_device_is_attached_where_addresses_are_kept_for_it() {
     assert_eq!(attach(&mut vm, 256), Ok(Answer::Attached(Attached { device: 1 })));
     let error = attach(&mut vm, 128).unwrap_err();
     assert!(error.contains("by one alone"), "{error}");
-    let standing = |size_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 272 });
+    let standing = |size_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 272, usable_mib: size_mib });
     assert_eq!(ask(&mut vm, Some(272)), standing(272));
     vm.control.call(&Request::Detach { device: DeviceName::Number(1), force: false }).unwrap();
     assert!(ask(&mut vm, None).is_err());
@@ -120,7 +128,7 @@ fn what_could_be_plugged_is_saved_and_can_grow_on() {
         })
     };
     let mut again = restore(512);
-    let standing = |size_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 528 });
+    let standing = |size_mib| Ok(Memory { size_mib, plugged_mib: 16, max_mib: 528, usable_mib: size_mib });
     assert_eq!(ask(&mut again, None), standing(272));
     assert_eq!(ask(&mut again, Some(528)), standing(528));
     stop(again);

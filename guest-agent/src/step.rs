@@ -45,6 +45,8 @@ use crate::{
 pub(crate) enum Step<'a> {
     /// mount(2).
     Mount(MountCall),
+    /// How far ahead of its readers a block device is read, in sectors of 512 bytes.
+    ReadAhead { device: CString, sectors: u32 },
     /// mkdir(2); an existing directory is as good.
     MakeDirectory { path: CString, mode: u32 },
     /// mknod(2) and its owner; a device of the same numbers is as good.
@@ -175,6 +177,7 @@ impl Kernel for Linux {
     fn perform(&mut self, step: &Step<'_>) -> Result<()> {
         match step {
             Step::Mount(call) => mount_call(call),
+            Step::ReadAhead { device, sectors } => sys::set_read_ahead(device, *sectors),
             Step::MakeDirectory { path, mode } => make_directory(path, *mode),
             Step::MakeDevice(device) => make_device(device),
             Step::MakeTarget { target, directory } => make_target(target, *directory),
@@ -347,6 +350,7 @@ impl fmt::Display for Step<'_> {
         let text = |text: &CString| text.to_string_lossy().into_owned();
         match self {
             Self::Mount(call) => write!(f, "cannot mount {} at {}", text(&call.kind), text(&call.target)),
+            Self::ReadAhead { device, .. } => write!(f, "cannot set the read-ahead of {}", text(device)),
             Self::MakeDirectory { path, .. } => write!(f, "cannot make directory {}", text(path)),
             Self::MakeDevice(device) => write!(f, "cannot make device {}", text(&device.path)),
             Self::MakeTarget { target, .. } => {

@@ -9,11 +9,16 @@ use super::*;
 #[derive(Default)]
 struct Notebook {
     mounts: Vec<String>,
+    /// Devices and how many sectors they are read ahead.
+    read_ahead: Vec<(String, u32)>,
     fail_at: Option<usize>,
 }
 
 impl Kernel for Notebook {
     fn perform(&mut self, step: &Step<'_>) -> nix::Result<()> {
+        if let Step::ReadAhead { device, sectors } = step {
+            self.read_ahead.push((device.to_str().unwrap().to_owned(), *sectors));
+        }
         if let Step::Mount(call) = step {
             if self.fail_at == Some(self.mounts.len()) {
                 return Err(Errno::ENODEV);
@@ -58,6 +63,13 @@ impl Guest {
 
 fn erofs(serial: &str) -> Lower {
     Lower::Disk { serial: serial.into(), filesystem: DiskFilesystem::Erofs }
+}
+
+#[test]
+fn layers_are_read_ahead_less_than_disks_that_are_written() {
+    let mut guest = guest(&[("vda", "a"), ("vdb", "b")]);
+    guest.mount_root(&[erofs("a")], Writable::Disk { serial: "b".into() }).unwrap();
+    assert_eq!(guest.kernel.read_ahead, [("/dev/vda".to_owned(), LAYER_READ_AHEAD)]);
 }
 
 #[test]

@@ -15,6 +15,8 @@ use mvm_protocol::ExitStatus;
 use nix::{
     Result,
     errno::Errno,
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
     unistd::{ForkResult, Pid},
 };
 
@@ -226,6 +228,16 @@ pub(crate) fn adjust_wall_clock(by_ns: i64) -> Result<()> {
     change.time.tv_usec = by_ns.rem_euclid(1_000_000_000);
     // SAFETY: clock_adjtime reads and writes one timex.
     Errno::result(unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, &mut change) }).map(drop)
+}
+
+/// How many sectors of 512 bytes a block device is read ahead of those who read files of it.
+pub(crate) fn set_read_ahead(device: &CStr, sectors: u32) -> Result<()> {
+    /// `_IO(0x12, 98)` of linux/fs.h.
+    const BLKRASET: libc::c_ulong = 0x1262;
+    let device = open(device, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // SAFETY: BLKRASET takes its argument by value.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), BLKRASET, libc::c_ulong::from(sectors)) })
+        .map(drop)
 }
 
 /// Nothing is written to the file system of `directory` from now on; whoever tries waits. What was written before is

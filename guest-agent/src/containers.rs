@@ -205,6 +205,13 @@ impl Containers {
         Ok(())
     }
 
+    /// Does in a template what each of its clones would have to do.
+    pub(crate) fn warm(&self) {
+        if let Some(mount_point) = self.cgroups {
+            cgroup::warm(mount_point);
+        }
+    }
+
     /// Whether all processes of all containers are stopped, as far as the kernel can stop them.
     pub(crate) fn are_frozen(&self) -> bool {
         let frozen = |(_, root): &(String, Root)| root.cgroup.as_ref().is_none_or(Cgroup::frozen);

@@ -105,6 +105,7 @@ impl Agent {
         if !idle {
             return Err(Error::Busy("the guest has containers or processes"));
         }
+        self.containers.warm();
         self.awaiting = true;
         Ok(())
     }

@@ -26,6 +26,9 @@ pub const PAGE_DIRECTORY: u64 = 0xb000;
 /// End of the RAM below 640 KiB that is told to the kernel.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 
+/// In a block of 2 MiB of which a booted guest has used a tenth: Linux puts dentries and inodes there and nothing else.
+pub const SPARSE_BLOCK: u64 = 0x40_0000;
+
 /// ACPI tables, RSDP first: where a PC's firmware has them, so that a kernel that is not told finds them too.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes kept for ACPI tables.

@@ -199,6 +199,7 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
         // Of the block the kernel ends in, its end is touched and, at boot, little else.
         small_pages_around(memory, kernel.end);
     }
+    small_pages_around(memory, layout::SPARSE_BLOCK);
     let initrd = images.initrd.map(|file| load_initrd(memory, file, room, &kernel)).transpose()?;
     let cmdline = cmdline::complete(images.cmdline, platform)?;
     write(memory, layout::CMDLINE, cmdline.as_bytes(), "command line")?;

@@ -92,12 +92,10 @@ fn start(source: &Source, cpus: usize, restored: bool) -> Result<Started> {
     let began = now();
     let kvm = files.add(File::options().read(true).write(true).open("/dev/kvm")?);
     let start = if restored {
-        Start::Restore(Restore {
-            state: files.add(source.state.try_clone()?),
-            memory: files.add(source.memory.try_clone()?),
-            base: None,
-            contents: String::new(),
-        })
+        Start::Restore(Restore::new(
+            files.add(source.state.try_clone()?),
+            files.add(source.memory.try_clone()?),
+        ))
     } else {
         Start::Boot(Boot::new(files.add(source.kernel.try_clone()?)))
     };

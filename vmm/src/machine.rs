@@ -29,9 +29,18 @@ use crate::serial_port;
 use crate::snapshot::host::HostFacts;
 use crate::snapshot::pages::{self, Backed};
 use crate::snapshot::vcpu::{SaveVcpu, VcpuState};
-use crate::snapshot::{MachineState, number};
+use crate::snapshot::{MachineState, SnapshotId, WorkingSet, number};
 use crate::status::{Stages, Stream, now};
 use crate::vcpu::{self, Running, Vcpu};
+
+/// RAM that was saved.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SavedRam {
+    /// The snapshot's.
+    pub id: SnapshotId,
+    /// How much it is; what comes behind it was plugged later.
+    pub bytes: u64,
+}
 
 /// A machine whose virtual CPUs have not started.
 #[derive(Debug)]
@@ -41,6 +50,8 @@ pub(crate) struct Machine {
     pub vm: Arc<Vm>,
     /// The parts of its RAM that come from files.
     pub backed: Vec<Backed>,
+    /// What of it was saved, if it went on from a snapshot.
+    pub saved: Option<SavedRam>,
     /// Attaches devices; its I/O loop serves them for as long as the machine is there.
     pub attacher: Attacher,
     /// What its CPUs see.
@@ -66,7 +77,7 @@ impl Machine {
                 let memory = memory::create(memory::Extent::of(config)?)?;
                 let placed = load(config, boot, slots, &memory)?;
                 let backed = placed.images.into_iter().map(|range| Backed { range, file: None }).collect();
-                let ram = Ram { memory, backed };
+                let ram = Ram { memory, backed, saved: None };
                 let mut machine = Self::assemble(config, slots, status, (kvm, ram, None), stages)?;
                 machine.add_vcpus(vcpus(&machine.vm, features, config.cpus.get(), placed.entry)?);
                 stages.vcpus_ns = now();
@@ -120,7 +131,16 @@ impl Machine {
         stages.devices_ns = now();
 
         let gate = Arc::new(Gate::new().map_err(Error::system("make an event"))?);
-        Ok(Self { vcpus: Vec::new(), vm, backed: ram.backed, attacher, bus, gate, serial_input })
+        Ok(Self {
+            vcpus: Vec::new(),
+            vm,
+            backed: ram.backed,
+            saved: ram.saved,
+            attacher,
+            bus,
+            gate,
+            serial_input,
+        })
     }
 
     fn add_vcpus(&mut self, fds: Vec<VcpuFd>) {
@@ -169,6 +189,7 @@ pub(crate) fn placed(spec: &DeviceSpec, config: &MachineConfig) -> DeviceSpec {
 struct Ram {
     memory: Memory,
     backed: Vec<Backed>,
+    saved: Option<SavedRam>,
 }
 
 fn read(config: &MachineConfig, restore: &Restore, slots: &mut Slots) -> Result<(MachineState, Ram)> {
@@ -178,7 +199,12 @@ fn read(config: &MachineConfig, restore: &Restore, slots: &mut Slots) -> Result<
     let base = slots.take_optional(restore.base, "memory of the base")?.map(File::from);
     let extent = memory::Extent { shown: state.shown(), ..memory::Extent::of(config)? };
     let (memory, backed) = pages::map(extent, file, base, &state.id)?;
-    Ok((state, Ram { memory, backed }))
+    if let Some(file) = slots.take_optional(restore.working_set, "working set")? {
+        let set = WorkingSet::read(&file.into(), extent, &state.id)?;
+        set.bring_in(&memory).map_err(Error::system("bring in the working set"))?;
+    }
+    let saved = Some(SavedRam { id: state.id, bytes: extent.bytes() });
+    Ok((state, Ram { memory, backed, saved }))
 }
 
 fn load(config: &MachineConfig, boot: &Boot, slots: &mut Slots, memory: &Memory) -> Result<Placed> {

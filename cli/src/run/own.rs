@@ -43,6 +43,8 @@ pub(crate) struct Order {
 pub(crate) struct From {
     pub(crate) snapshot: String,
     pub(crate) hostname: Option<String>,
+    /// The memory that it needs first is brought in beforehand.
+    pub(crate) prefault: bool,
 }
 
 /// Where a container's streams go.
@@ -166,7 +168,7 @@ impl<R: FnOnce()> Runs<'_, R> {
         let entry = Snapshots::of(&state_dir()).get(&from.snapshot)?;
         // Where it is found when the container is started again.
         let writes = upper_disk(&self.directory.join(WRITES))?;
-        let going = entry.going(&writes, self.job.stdio(crate::terminal::size))?;
+        let going = entry.going(&writes, self.job.stdio(crate::terminal::size), from.prefault)?;
         launcher.restore(request, &container, &Going { hostname: from.hostname.clone(), ..going })
     }
 

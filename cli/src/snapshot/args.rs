@@ -92,4 +92,7 @@ pub(crate) struct Restore {
     /// Name of the container; that of the one that was saved if none is given
     #[arg(long, value_name = "CONTAINER")]
     pub(crate) name: Option<MachineId>,
+    /// Bring in beforehand the memory that the first one restored so needed; the first one notes it
+    #[arg(long)]
+    pub(crate) prefault: bool,
 }

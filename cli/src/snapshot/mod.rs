@@ -151,7 +151,10 @@ fn rm(snapshots: &Snapshots, options: &Rm) -> Result<u8, Failure> {
 pub(crate) fn restore(options: &Restore) -> Result<u8, Failure> {
     let entry = Snapshots::of(&state_dir()).get(&options.snapshot)?;
     entry.check()?;
-    let order = order(&entry.manifest, options.name.as_ref(), generated_id()?);
+    let mut order = order(&entry.manifest, options.name.as_ref(), generated_id()?);
+    if let Some(from) = &mut order.from {
+        from.prefault = options.prefault;
+    }
     leave_behind(&order)?;
     print(&format!("{}\n", order.job.id)).map(|()| 0)
 }
@@ -193,7 +196,7 @@ fn order(manifest: &Manifest, name: Option<&MachineId>, id: String) -> Order {
     let job = Job { id, name, spec, ..saved.clone() };
     Order {
         job,
-        from: Some(From { snapshot: manifest.name.to_string(), hostname }),
+        from: Some(From { snapshot: manifest.name.to_string(), hostname, prefault: false }),
         timeline: Timeline::default(),
     }
 }

@@ -144,8 +144,18 @@ fn counting() {
 
     // A copy can be saved as well, and its first process ends as one that was started there.
     assert_eq!(ok(&["snapshot", "create", "again"]), "again-1");
-    ok(&["restore", "again-1", "--name", "third"]);
-    Log::of("third").reach(first + 5);
+    let set = snapshot_file("again-1", "working-set");
+    for (name, noted) in [("third", false), ("fourth", true)] {
+        assert_eq!(set.is_file(), noted, "it is noted when the first of them runs");
+        ok(&["restore", "again-1", "--name", name, "--prefault"]);
+        Log::of(name).reach(first + 5);
+    }
+    let bytes = fs::read(&set).expect("it is noted");
+    assert!(bytes.len() > 1000, "{} bytes", bytes.len());
+    ok(&["rm", "--force", "fourth"]);
+    fs::write(&set, &bytes[1..]).expect("it is ours");
+    let said = fails(&["restore", "again-1", "--name", "fourth", "--prefault"]);
+    assert!(said.contains("the working set is of no use") && said.contains("`working-set`"), "{said}");
     // Time enough to end by themselves on any host: what is made to end has another code.
     ok(&["stop", "--time", "120", "third", "again"]);
     for name in ["third", "again"] {

@@ -45,7 +45,7 @@ fn save(vm: &Vm, name: &str, resume: bool) -> (Snapshot, Saved) {
     let (to, ram) = (make(&state), make(&memory));
     let control = vm.container.machine.control();
     let saved = done(control.snapshot(to.as_fd(), ram.as_fd(), CONTENTS, resume));
-    (Snapshot { state, memory, base: None, contents: CONTENTS.to_owned() }, saved)
+    (Snapshot { state, memory, base: None, working_set: None, contents: CONTENTS.to_owned() }, saved)
 }
 
 /// A machine as [`TestVm`] makes them, that goes on from `saved`.

@@ -7,6 +7,7 @@ mod listen;
 mod plan;
 mod running;
 mod start;
+mod working;
 
 pub use calls::{Calls, VSOCK_SOCKET};
 pub use control::Control;
@@ -19,3 +20,4 @@ pub(crate) use running::tests::machine;
 pub use running::{Console, Machine};
 pub(crate) use running::{LOST_TIME, explain};
 pub use start::{CONTROL_SOCKET, Prepared, describe, prepare};
+pub(crate) use working::WORKING_SET;

@@ -73,6 +73,8 @@ pub struct Snapshot {
     pub memory: PathBuf,
     /// The file of the RAM that this is changes to, if it is not whole.
     pub base: Option<PathBuf>,
+    /// The file of the pages that are brought in before it goes on, if any are.
+    pub working_set: Option<PathBuf>,
     /// What must be in it, as given when it was made.
     pub contents: String,
 }

@@ -151,24 +151,26 @@ impl Opening {
         }
     }
 
+    /// The slot of a file that need not be.
+    fn add_any(&mut self, path: Option<&Path>, what: &str) -> Result<Option<FdSlot>, Failure> {
+        path.map(|path| self.add(|| open(path, what))).transpose()
+    }
+
     /// What the machine starts from. A kernel's command line comes later.
     fn start(&mut self, plan: &Plan) -> Result<Start, Failure> {
         match &plan.origin {
-            Origin::Saved(Snapshot { state, memory, base, contents }) => Ok(Start::Restore(Restore {
-                state: self.add(|| open(state, "saved state"))?,
-                memory: self.add(|| open(memory, "saved memory"))?,
-                base: match base {
-                    Some(base) => Some(self.add(|| open(base, "saved memory"))?),
-                    None => None,
-                },
-                contents: contents.clone(),
-            })),
+            Origin::Saved(Snapshot { state, memory, base, working_set, contents }) => {
+                Ok(Start::Restore(Restore {
+                    state: self.add(|| open(state, "saved state"))?,
+                    memory: self.add(|| open(memory, "saved memory"))?,
+                    base: self.add_any(base.as_deref(), "saved memory")?,
+                    working_set: self.add_any(working_set.as_deref(), "working set")?,
+                    contents: contents.clone(),
+                }))
+            }
             Origin::Kernel(Kernel { image, initrd, .. }) => {
                 let kernel = self.add(|| open(image, "kernel image"))?;
-                let initrd = match initrd {
-                    Some(path) => Some(self.add(|| open(path, "initial RAM disk"))?),
-                    None => None,
-                };
+                let initrd = self.add_any(initrd.as_deref(), "initial RAM disk")?;
                 Ok(Start::Boot(Boot { initrd, ..Boot::new(kernel) }))
             }
         }
@@ -355,15 +357,27 @@ mod tests {
         assert_eq!(grown(plugged), ["vsock", "card", "disk", "memory"]);
         assert_eq!(grown(plan.clone()), ["disk", "card", "vsock", "other", "memory"]);
 
-        let mut saved =
-            Snapshot { state: "/no/s".into(), memory: "/no/m".into(), base: None, contents: "k".to_owned() };
+        let mut saved = Snapshot {
+            state: "/no/s".into(),
+            memory: "/no/m".into(),
+            base: None,
+            working_set: None,
+            contents: "k".to_owned(),
+        };
         let config = describe(&Plan { origin: Origin::Saved(saved.clone()), ..plan.clone() }).unwrap();
-        let restore = Restore { state: FdSlot(5), memory: FdSlot(6), base: None, contents: "k".to_owned() };
+        let restore = Restore {
+            state: FdSlot(5),
+            memory: FdSlot(6),
+            base: None,
+            working_set: None,
+            contents: "k".to_owned(),
+        };
         assert_eq!(config.start, Start::Restore(restore));
         assert_eq!((config.devices.len(), config.control), (4, Some(FdSlot(13))), "all else is the same");
         saved.base = Some("/no/b".into());
+        saved.working_set = Some("/no/w".into());
         let config = describe(&Plan { origin: Origin::Saved(saved), ..plan }).unwrap();
         let Start::Restore(restore) = config.start else { panic!("{config:?}") };
-        assert_eq!(restore.base, Some(FdSlot(7)));
+        assert_eq!((restore.base, restore.working_set), (Some(FdSlot(7)), Some(FdSlot(8))));
     }
 }

@@ -75,6 +75,7 @@ pub(super) fn restore(
     let scratch = Snapshots::of(&sandbox.state).begin()?;
     let snapshot = Snapshot {
         base: None,
+        working_set: None,
         state: state_file(scratch.path()),
         memory: memory_file(scratch.path()),
         contents: checkpoint.machine.contents.clone(),
@@ -93,6 +94,7 @@ pub(super) fn restore(
         process: checkpoint.process,
         stdio: from.stdio,
         hostname: container.spec.hostname().clone(),
+        record: None,
     };
     rootfs.disks = disks;
     restore::restore(sandbox, container, &going, (rootfs, Then::Wait))

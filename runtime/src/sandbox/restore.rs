@@ -1,5 +1,6 @@
 //! A sandbox of a machine that goes on from where another was saved, with the container in it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mvm_protocol::Configure;
@@ -8,6 +9,7 @@ use super::ContainerRequest;
 use super::growth::Growth;
 use super::machine::{Layout, MachineSandbox};
 use super::member::Member;
+use super::stage::Live;
 use crate::agent::{AgentClient, Process};
 use crate::container::AGENT_TIME;
 use crate::failure::{Context, Failure};
@@ -76,7 +78,14 @@ pub(super) fn restore(
     replace_cards(&agent, &machine, &wiring.nets(), going).map_err(|failure| machine.explain(failure))?;
     let place = Configure { hostname: Some(sandbox.hostname()), ..wiring.configure(&sandbox.hostname()) };
     settle(&agent, place, going).map_err(|failure| machine.explain(failure))?;
-    begin(sandbox, machine, agent, (&going.machine.root, &others, then))?;
+    let live = begin(sandbox, machine, agent, (&going.machine.root, &others, then))?;
+    if let Some(path) = &going.record {
+        let (control, pid) = (live.control(), live.machine().pid());
+        // It is there to be quicker the next time, and this one runs.
+        if let Err(failure) = control.record_working_set(pid, path) {
+            log::warn!("{}", failure.report());
+        }
+    }
     wiring.follow(&sandbox.stages, false)?;
     sandbox.keep_wiring(wiring);
     sandbox.set_layout(Layout { plugged: going.machine.plugged, devices: going.machine.devices.clone() });
@@ -152,7 +161,7 @@ fn begin(
     machine: Machine,
     agent: AgentClient,
     (root, others, then): (&str, &[u64], Then),
-) -> Result<(), Failure> {
+) -> Result<Arc<Live>, Failure> {
     let live = sandbox.stages.start(machine, agent)?;
     if then == Then::GoOn {
         let thawed = live.agent.freeze(root, false);
@@ -160,5 +169,5 @@ fn begin(
     }
     // They were killed, and nobody is there who wants to know how they end.
     others.iter().for_each(|other| live.agent.abandon(*other));
-    Ok(())
+    Ok(live)
 }

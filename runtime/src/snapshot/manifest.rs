@@ -175,6 +175,8 @@ pub struct Going {
     pub stdio: StdioSpec,
     /// The name of the container's host, if it is another than before.
     pub hostname: Option<String>,
+    /// Where it is recorded which of its memory the machine needs until the container's processes run, if it is.
+    pub record: Option<PathBuf>,
 }
 
 /// The file of a machine's state in a snapshot's directory.
@@ -317,7 +319,7 @@ impl SavedMachine {
             };
             disks.push(Disk { path, read_only: *read_only, serial: serial.clone(), throwaway: false });
         }
-        Ok((Snapshot { state, memory, base, contents: self.contents.clone() }, disks))
+        Ok((Snapshot { state, memory, base, working_set: None, contents: self.contents.clone() }, disks))
     }
 
     /// Bytes of memory that are in its file, zeroes or not.

@@ -6,6 +6,7 @@
 //! snapshots/<name>/manifest.json what it is; written last
 //! snapshots/<name>/state         CPUs and devices
 //! snapshots/<name>/memory        RAM, with holes, or what of it differs from that of a base
+//! snapshots/<name>/working-set   which of the RAM is needed first, once somebody wanted to know
 //! snapshots/<name>/disk-<n>      disks in the order the machine has them; layers are links to the cached images
 //! snapshots/.new-*               one being made, locked by its maker
 //! ```

@@ -1,6 +1,7 @@
 //! Where snapshots lie: found, listed, removed.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use super::manifest::{Base, BaseMemory, Going, Manifest, check_file, disk_file, 
 use crate::agent::StdioSpec;
 use crate::catalog::{Catalog, MANIFEST, Scratch, note};
 use crate::failure::{Context, Failure};
+use crate::machine::WORKING_SET;
 use crate::rootfs::copy_sparse;
 
 /// Below the state directory.
@@ -66,22 +68,34 @@ impl Entry {
         check_file(&file, 0).map(|()| Some(file))
     }
 
-    /// What a machine goes on from. The disk of the container's writes is copied to `writes`, which must not be there.
+    /// What a machine goes on from. The disk of the container's writes is copied to `writes`, which must not be there. If
+    /// its memory is to be `prefaulted`, that is what one before it needed, or what this one needs is recorded.
     ///
     /// # Errors
     /// A file is missing or is not what was saved, or the disk cannot be copied.
-    pub fn going(&self, writes: &Path, stdio: StdioSpec) -> Result<Going, Failure> {
+    pub fn going(&self, writes: &Path, stdio: StdioSpec, prefaulted: bool) -> Result<Going, Failure> {
         let failed = || format!("cannot use snapshot {}", self.manifest.name);
         let run = &self.manifest.run;
         let base = self.base_memory().context(failed)?;
-        let (snapshot, disks) =
+        let (mut snapshot, disks) =
             run.machine.files(&self.directory, base, (writes, &run.job.rootfs)).context(failed)?;
         if let Some(number) = run.machine.written() {
             let copied = copy(&disk_file(&self.directory, number), writes);
             copied.context(|| format!("cannot copy a disk to {}", writes.display())).context(failed)?;
         }
+        let mut record = None;
+        if prefaulted {
+            let path = self.directory.join(WORKING_SET);
+            match fs::symlink_metadata(&path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => record = Some(path),
+                _ => {
+                    check_file(&path, 0).context(failed)?;
+                    snapshot.working_set = Some(path);
+                }
+            }
+        }
         let (machine, process) = (run.machine.clone(), run.process);
-        Ok(Going { machine, snapshot, disks, process, stdio, hostname: None })
+        Ok(Going { machine, snapshot, disks, process, stdio, hostname: None, record })
     }
 }
 

@@ -62,17 +62,41 @@ fn a_machine_gets_a_disk_of_writes_of_its_own() {
     make(&snapshots, "a").unwrap();
     let writes = dir.path().join("writes.ext4");
     let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
-    let going = snapshots.get("a").unwrap().going(&writes, stdio).unwrap();
+    let going = snapshots.get("a").unwrap().going(&writes, stdio, false).unwrap();
     assert_eq!(fs::read(&writes).unwrap(), b"writes");
     assert_eq!((going.disks[1].path.clone(), going.disks[1].read_only), (writes.clone(), false));
-    let again = snapshots.get("a").unwrap().going(&writes, stdio).unwrap_err().report();
+    let again = snapshots.get("a").unwrap().going(&writes, stdio, false).unwrap_err().report();
     assert!(again.contains("cannot copy a disk"), "it is another's: {again}");
+}
+
+#[test]
+fn what_one_machine_needed_is_recorded_once_and_brought_in_for_those_that_are_to_have_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::of(dir.path());
+    make(&snapshots, "a").unwrap();
+    let file = snapshots.catalog.path("a").join("working-set");
+    let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
+    let mut number = 0;
+    let mut going = |prefaulted| {
+        number += 1;
+        let writes = dir.path().join(format!("writes-{number}"));
+        let going = snapshots.get("a").unwrap().going(&writes, stdio, prefaulted);
+        going.map(|going| (going.snapshot.working_set, going.record)).map_err(|failure| failure.report())
+    };
+    assert_eq!(going(true), Ok((None, Some(file.clone()))));
+    fs::write(&file, "pages").unwrap();
+    assert_eq!(going(false), Ok((None, None)));
+    assert_eq!(going(true), Ok((Some(file.clone()), None)));
+    fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
+    let refused = going(true).unwrap_err();
+    assert!(refused.contains("is no file"), "{refused}");
 }
 
 fn going(snapshots: &Snapshots, name: &str) -> Result<Option<PathBuf>, String> {
     let writes = tempfile::tempdir().unwrap();
     let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
-    let going = snapshots.get(name).unwrap().going(&writes.path().join("w"), stdio);
+    let going = snapshots.get(name).unwrap().going(&writes.path().join("w"), stdio, false);
     going.map(|going| going.snapshot.base).map_err(|failure| failure.report())
 }
 

@@ -5,15 +5,16 @@ use std::path::Path;
 use std::time::Instant;
 
 use mvm_devices::sys::lowest_priority;
+use mvm_vmm::config::MachineId;
 
 use super::manifest::{Manifest, VERSION};
 use super::recipe::{Key, Parts, Recipe};
-use super::store::{Keep, MEMORY, STATE, Template, Templates};
+use super::store::{Keep, MEMORY, STATE, Template, Templates, saved_in};
 use crate::agent::fresh_identity;
 use crate::catalog::{create, write_back};
 use crate::container::{AGENT_TIME, CMDLINE};
 use crate::failure::{Context, Failure};
-use crate::machine::{Saved, prepare};
+use crate::machine::{Origin, Saved, WORKING_SET, prepare};
 use crate::state::now;
 
 /// Most bytes of the host that templates take once another one was made.
@@ -32,16 +33,27 @@ pub enum Phase {
     Saving,
     /// What it was made of is digested.
     Digesting,
+    /// A machine is made of it, to see what that needs.
+    Trying,
 }
 
-/// The template of a recipe: the one that is there, unless it is to be made `again`, or a new one.
+/// What is wanted of a template beyond that it is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    /// It is made anew although it is there.
+    pub again: bool,
+    /// What a machine of it needs first is recorded, and brought in for each. One without is made anew.
+    pub working_set: bool,
+}
+
+/// The template of a recipe: the one that is there, if it is as it was ordered, or a new one.
 ///
 /// # Errors
 /// The machine does not boot or cannot be saved; nothing of it is left then.
 pub fn make(
     templates: &Templates,
     recipe: &Recipe,
-    again: bool,
+    order: Order,
     progress: &mut dyn FnMut(Phase),
 ) -> Result<Template, Failure> {
     templates.make_root()?;
@@ -52,7 +64,7 @@ pub fn make(
             templates.lock()?
         }
     };
-    make_locked(templates, recipe, again, progress)
+    make_locked(templates, recipe, order, progress)
 }
 
 /// Makes the template of a recipe on a thread of its own, as [`make_when_idle`] does. What goes wrong is logged.
@@ -81,7 +93,7 @@ pub fn make_when_idle(templates: &Templates, recipe: &Recipe) -> Result<(), Fail
     }
     templates.make_root()?;
     let Some(_lock) = templates.lock_now()? else { return Ok(()) };
-    let made = make_locked(templates, recipe, false, &mut |_| ());
+    let made = make_locked(templates, recipe, Order::default(), &mut |_| ());
     if let Err(failure) = &made {
         let _ = templates.set_aside(&recipe.key()?, &failure.report());
     }
@@ -91,17 +103,22 @@ pub fn make_when_idle(templates: &Templates, recipe: &Recipe) -> Result<(), Fail
 fn make_locked(
     templates: &Templates,
     recipe: &Recipe,
-    again: bool,
+    order: Order,
     progress: &mut dyn FnMut(Phase),
 ) -> Result<Template, Failure> {
     let parts = recipe.parts()?;
     let key = recipe.key_of(&parts);
-    if let Some(there) = templates.find(&key).filter(|_| !again) {
+    let enough = |there: &Template| !order.working_set || there.snapshot().working_set.is_some();
+    if let Some(there) = templates.find(&key).filter(|there| !order.again && enough(there)) {
         return Ok(there);
     }
     let failed = || format!("cannot make a template of {} and {} CPUs", recipe.memory, recipe.cpus.get());
     let new = templates.begin()?;
     let manifest = save(recipe, parts, &key, new.path(), progress).context(failed)?;
+    if order.working_set {
+        progress(Phase::Trying);
+        record(recipe, &key, new.path()).context(failed)?;
+    }
     let made = templates.install(new, manifest)?;
     if let Err(failure) = templates.prune_locked(&Keep { bytes: Some(MOST_BYTES), ..Keep::default() }) {
         log::warn!("{}", failure.report());
@@ -121,8 +138,7 @@ fn save(
         return Err(Failure::new(mvm_vmm::kvm::probe::PVM).help("make lab CMD='mvm template create …'"));
     }
     progress(Phase::Booting);
-    let id = format!("{HOSTNAME}-{}", key.short());
-    let plan = recipe.plan(id.parse().context(|| "cannot name the machine".to_owned())?);
+    let plan = recipe.plan(machine_id(key)?);
     let mut machine = prepare(&plan)?.start(None)?;
     let agent = machine.agent(fresh_identity(HOSTNAME.to_owned())?, AGENT_TIME)?;
     agent.prepare().context(|| "cannot have the agent get ready".to_owned())?;
@@ -152,4 +168,21 @@ fn save(
         memory_bytes: saved.memory_bytes,
         state_bytes: saved.state_bytes,
     })
+}
+
+/// Records which memory a machine needs that goes on from what was saved in `directory`, until it has answered.
+fn record(recipe: &Recipe, key: &Key, directory: &Path) -> Result<(), Failure> {
+    let origin = Origin::Saved(saved_in(directory, key));
+    let mut machine = prepare(&recipe.plan_from(machine_id(key)?, origin))?.start(None)?;
+    let agent = machine.agent(fresh_identity(HOSTNAME.to_owned())?, AGENT_TIME)?;
+    agent.correct_clock().context(|| "cannot ask the guest for its clock".to_owned())?;
+    machine.control().record_working_set(machine.pid(), &directory.join(WORKING_SET))?;
+    machine.kill()?;
+    write_back(directory)
+}
+
+/// The name of a machine that is for a template alone.
+fn machine_id(key: &Key) -> Result<MachineId, Failure> {
+    let id = format!("{HOSTNAME}-{}", key.short());
+    id.parse().context(|| "cannot name the machine".to_owned())
 }

@@ -13,7 +13,7 @@ use super::manifest::Manifest;
 use super::recipe::Key;
 use crate::catalog::{Catalog, MANIFEST, Scratch, note};
 use crate::failure::{Context, Failure};
-use crate::machine::Snapshot;
+use crate::machine::{Snapshot, WORKING_SET};
 
 /// Below the cache directory.
 const DIRECTORY: &str = "templates";
@@ -47,18 +47,25 @@ pub struct Template {
 impl Template {
     /// What a machine goes on from.
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            state: self.directory.join(STATE),
-            memory: self.directory.join(MEMORY),
-            base: None,
-            contents: self.manifest.key.to_string(),
-        }
+        saved_in(&self.directory, &self.manifest.key)
     }
 
     /// It is used now. That it cannot be noted is no reason not to use it.
     pub(crate) fn touch(&self) {
         let file = File::options().append(true).open(self.directory.join(MANIFEST));
         let _ = file.and_then(|file| file.set_modified(SystemTime::now()));
+    }
+}
+
+/// The machine that was saved in `directory`, with what one of it needs first if that is on record.
+pub(super) fn saved_in(directory: &Path, key: &Key) -> Snapshot {
+    let working_set = directory.join(WORKING_SET);
+    Snapshot {
+        state: directory.join(STATE),
+        memory: directory.join(MEMORY),
+        base: None,
+        working_set: working_set.is_file().then_some(working_set),
+        contents: key.to_string(),
     }
 }
 

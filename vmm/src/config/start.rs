@@ -85,7 +85,18 @@ pub struct Restore {
     /// The whole memory that the other is changes to, if it is: mapped in the same way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<FdSlot>,
+    /// The pages that are brought in before the machine goes on, as [`crate::snapshot::record`] wrote them; none unless
+    /// given, and each comes when it is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<FdSlot>,
     /// What must be in the snapshot, in the words of whoever made it.
     #[serde(default)]
     pub contents: String,
+}
+
+impl Restore {
+    /// One whose memory is whole, in a file, and of which nothing is said.
+    pub fn new(state: FdSlot, memory: FdSlot) -> Self {
+        Self { state, memory, base: None, working_set: None, contents: String::new() }
+    }
 }

@@ -44,6 +44,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         size_mib: Option<u64>,
     },
+    /// Where the memory it was saved with lies.
+    MemoryMap,
     /// Counters.
     Metrics,
     /// Puts a further device on the PCI bus. The guest finds it when it looks again
@@ -116,6 +118,8 @@ pub enum Answer {
     Balloon(Balloon),
     /// To [`Request::Memory`].
     Memory(Memory),
+    /// To [`Request::MemoryMap`].
+    MemoryMap(MemoryMap),
     /// To [`Request::Attach`].
     Attached(Attached),
     /// To [`Request::Snapshot`].
@@ -183,6 +187,24 @@ pub struct Memory {
     /// MiB it can touch: what it boots with, and whatever it was to have at any time, in whole blocks of its kernel. A
     /// snapshot has as much.
     pub usable_mib: u64,
+}
+
+/// Where a machine's process has the memory that the machine went on with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryMap {
+    /// Id of the snapshot it went on from; none if it booted.
+    pub snapshot: Option<[u8; 16]>,
+    /// The parts of it, in order of guest address.
+    pub regions: Vec<MappedRegion>,
+}
+
+/// Memory in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedRegion {
+    /// Its address there.
+    pub host: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
 }
 
 /// Where an attached device is.
@@ -359,8 +381,10 @@ mod tests {
             Answer::Memory(Memory { size_mib: 256, plugged_mib: 128, max_mib: 1024, usable_mib: 256 });
         let attached = Answer::Attached(Attached { device: 3 });
         let metrics = Answer::Metrics(Metrics::default());
+        let regions = vec![MappedRegion { host: 1 << 40, bytes: 4096 }];
+        let map = Answer::MemoryMap(MemoryMap { snapshot: Some([7; 16]), regions });
         let saved = Answer::Snapshot(Snapshot { memory_bytes: 4096, state_bytes: 1, held_ns: 2 });
-        for answer in [Answer::Info(info), metrics, balloon, memory, attached, saved, Answer::Done {}] {
+        for answer in [Answer::Info(info), metrics, balloon, memory, map, attached, saved, Answer::Done {}] {
             let text = serde_json::to_string(&Reply::Ok(answer.clone())).unwrap();
             assert_eq!(serde_json::from_str::<Reply>(&text).unwrap(), Reply::Ok(answer));
         }

@@ -92,7 +92,7 @@ pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 }
 
 /// CRC-32 of all but the checksum's own place.
-fn checksum(bytes: &[u8]) -> u32 {
+pub(super) fn checksum(bytes: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(bytes.get(..12).unwrap_or_default());
     hasher.update(bytes.get(16..).unwrap_or_default());

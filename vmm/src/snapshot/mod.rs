@@ -18,6 +18,7 @@ pub(crate) mod pages;
 mod tests;
 mod tsc;
 pub(crate) mod vcpu;
+mod working;
 
 use std::fs::File;
 use std::io;
@@ -31,6 +32,8 @@ use crate::pci_bus::MAX_DEVICES;
 use crate::pci_bus::saved::SavedFunction;
 use host::HostFacts;
 use vcpu::VcpuState;
+pub(crate) use working::WorkingSet;
+pub use working::{Recorded, record};
 
 /// Most bytes of the text that says what is in a machine.
 pub const MAX_CONTENTS: usize = 1024;
@@ -160,6 +163,9 @@ pub enum Error {
     /// The memory is changes to another's than this.
     #[error("the base does not fit the memory: {0}")]
     Base(&'static str),
+    /// The pages that are to be brought in beforehand are not this snapshot's, or cannot be recorded.
+    #[error("the working set is of no use: {0}")]
+    WorkingSet(&'static str),
     /// There are more or fewer devices.
     #[error("it has {saved} devices, and {configured} are configured")]
     DeviceCount {
@@ -229,6 +235,9 @@ impl Error {
             | Error::Device { .. }
             | Error::SerialPort => {
                 "configure the devices it was saved with, in the order of their places; others can be attached once it runs"
+            }
+            Error::WorkingSet(_) => {
+                "remove the file `working-set` beside the saved memory, and it is recorded anew"
             }
             Error::LongContents(_) => "describe the contents by a digest",
             Error::File { .. }

@@ -11,7 +11,8 @@ use super::snapshot;
 use crate::config::MachineConfig;
 use crate::control::server::Received;
 use crate::control::{
-    Answer, Attached, Balloon, DeviceMetrics, DeviceName, Info, MachineState, Memory, Metrics, Reply, Request,
+    Answer, Attached, Balloon, DeviceMetrics, DeviceName, Info, MachineState, MappedRegion, Memory,
+    MemoryMap, Metrics, Reply, Request,
 };
 use crate::error::causes;
 use crate::exit::Exit;
@@ -50,6 +51,7 @@ impl Subject<'_> {
                 Ok(memory) => Reply::Ok(Answer::Memory(memory)),
                 Err(refusal) => refusal,
             },
+            Request::MemoryMap => Reply::Ok(Answer::MemoryMap(self.memory_map())),
             Request::Attach { device } => self.attach(device, files),
             Request::Snapshot { resume, contents, base } => {
                 match snapshot::save(self, (contents, *base), *resume, files) {
@@ -199,6 +201,19 @@ impl Subject<'_> {
         self.machine.vm.show(usable).map_err(|error| error.to_string())?;
         mem::request(space, usable, wanted);
         Ok(())
+    }
+
+    /// Of what was plugged later nothing is told.
+    fn memory_map(&self) -> MemoryMap {
+        let saved = self.machine.saved;
+        let mut left = saved.map_or(0, |saved| saved.bytes);
+        let regions = self.machine.vm.memory().iter().map(|region| {
+            let bytes = region.len().min(left);
+            left -= bytes;
+            MappedRegion { host: region.as_ptr() as u64, bytes }
+        });
+        let regions = regions.filter(|region| region.bytes > 0).collect();
+        MemoryMap { snapshot: saved.map(|saved| saved.id), regions }
     }
 
     fn info(&self) -> Info {

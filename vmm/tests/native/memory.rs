@@ -124,7 +124,7 @@ fn what_could_be_plugged_is_saved_and_can_grow_on() {
         machine(size_mib, |config, files| {
             let mut add = |file: &File| files.add(file.try_clone().unwrap());
             let (state, memory) = (add(&state), add(&memory));
-            config.start = Start::Restore(Restore { state, memory, base: None, contents: String::new() });
+            config.start = Start::Restore(Restore::new(state, memory));
         })
     };
     let mut again = restore(512);

@@ -13,6 +13,8 @@ use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Ended, Files};
 use mvm_vmm::status::Event;
 
+mod working;
+
 use super::{Vm, launch};
 
 /// Longest a test waits for what must not take long.
@@ -42,12 +44,8 @@ fn save(vm: &mut Vm, resume: bool, contents: &str) -> std::io::Result<(Saved, Sn
 /// A machine that goes on from `saved`, whose configuration may be changed.
 fn restore(saved: &Saved, change: impl FnOnce(&mut MachineConfig, &mut Files)) -> Vm {
     launch(b"", |config, files| {
-        config.start = Start::Restore(Restore {
-            state: files.add(saved.state.try_clone().unwrap()),
-            memory: files.add(saved.memory.try_clone().unwrap()),
-            base: None,
-            contents: String::new(),
-        });
+        let (state, memory) = (saved.state.try_clone().unwrap(), saved.memory.try_clone().unwrap());
+        config.start = Start::Restore(Restore::new(files.add(state), files.add(memory)));
         change(config, files);
     })
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use mvm_protocol::{ExitStatus, Identity};
 use mvm_runtime::agent::StdioSpec;
 use mvm_runtime::container::{Container, Cost, Request, Upper};
-use mvm_runtime::machine::{Disk, Origin, Plan, Snapshot, prepare};
+use mvm_runtime::machine::{Disk, Machine, Origin, Plan, Snapshot, prepare};
 use mvm_runtime::template::Choice;
+use mvm_vmm::snapshot::Recorded;
 use serde_json::json;
 
 use super::boot::{READY, boot, explain, image};
@@ -40,8 +41,13 @@ pub(super) fn restore() -> io::Result<Figure> {
     let mut container = boot(&root, "saved", None)?;
     run(&mut container, &format!("dd if=/dev/urandom of=/tmp/work bs=1M count={WORK} 2>/dev/null"))?;
     let path = |what: &str| vm::scratch().join(format!("full.{what}"));
-    let saved =
-        Snapshot { state: path("state"), memory: path("memory"), base: None, contents: "bench".to_owned() };
+    let saved = Snapshot {
+        state: path("state"),
+        memory: path("memory"),
+        base: None,
+        working_set: None,
+        contents: "bench".to_owned(),
+    };
     let (state, memory) = (File::create(&saved.state)?, File::create(&saved.memory)?);
     let control = container.machine.control();
     let size = control.snapshot(state.as_fd(), memory.as_fd(), "bench", false).map_err(explain)?;
@@ -54,6 +60,8 @@ pub(super) fn restore() -> io::Result<Figure> {
         let stages = Started::new(&root, &format!("clone-{number}"), Choice::Always)?.stages();
         clones.extend(stages.iter().find(|(stage, _)| *stage == READY).map(|(_, ms)| *ms));
     }
+    let set = path("working-set");
+    let (recorded, prefaulted) = prefaulted(&saved, &root.path, &set)?;
     let (ours, clone) = (median(&restored), median(&clones));
     let how = format!(
         "virtual time from the start of the machine's process to the agent's call, 128 MiB of which a container has \
@@ -62,11 +70,28 @@ pub(super) fn restore() -> io::Result<Figure> {
     Ok(Figure::new("lab.restore_over_clone_ms", ours - clone, "ms", &how)
         .peer("restore_ms", ours)
         .peer("clone_ms", clone)
-        .raw([json!({"restore_ms": restored, "clone_ms": clones, "memory_bytes": size.memory_bytes})]))
+        .peer("prefaulted_ms", median(&prefaulted))
+        .raw([json!({"restore_ms": restored, "clone_ms": clones, "memory_bytes": size.memory_bytes,
+            "prefaulted_ms": prefaulted, "read_pages": recorded.read, "written_pages": recorded.written})]))
+}
+
+/// The same with the pages brought in beforehand that one needed.
+fn prefaulted(saved: &Snapshot, root: &Path, set: &Path) -> io::Result<(Recorded, Vec<f64>)> {
+    let (machine, _) = call(saved, root, "recorded")?;
+    let recorded = machine.control().record_working_set(machine.pid(), set).map_err(explain)?;
+    drop(machine);
+    let with = Snapshot { working_set: Some(set.to_owned()), ..saved.clone() };
+    let times = (0..STARTS).map(|number| go_on(&with, root, &format!("prefaulted-{number}")));
+    Ok((recorded, times.collect::<io::Result<_>>()?))
 }
 
 /// Milliseconds until the agent has called.
 fn go_on(saved: &Snapshot, root: &Path, name: &str) -> io::Result<f64> {
+    call(saved, root, name).map(|(_, ms)| ms)
+}
+
+/// A machine whose agent has called, and the milliseconds until then.
+fn call(saved: &Snapshot, root: &Path, name: &str) -> io::Result<(Machine, f64)> {
     let disk =
         Disk { path: root.to_path_buf(), read_only: true, serial: "root".to_owned(), throwaway: false };
     let id = name.parse().map_err(io::Error::other)?;
@@ -76,7 +101,8 @@ fn go_on(saved: &Snapshot, root: &Path, name: &str) -> io::Result<f64> {
     let identity = Identity { hostname: name.to_owned(), machine_id: 0, wall_clock_ns: 0, entropy: [7; 32] };
     let _agent = machine.agent(identity, PATIENCE).map_err(explain)?;
     let called = machine.called_ns().ok_or_else(|| io::Error::other("nobody called"))?;
-    Ok((called - machine.spawned_ns()) as f64 / 1e6)
+    let ms = (called - machine.spawned_ns()) as f64 / 1e6;
+    Ok((machine, ms))
 }
 
 /// How much of what a guest has filled and freed its host has back after [`TIME`].

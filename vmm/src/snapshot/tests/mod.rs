@@ -44,6 +44,7 @@ fn config(devices: &[SavedFunction]) -> MachineConfig {
                 state: FdSlot(4),
                 memory: FdSlot(5),
                 base: None,
+                working_set: None,
                 contents: CONTENTS.to_owned(),
             }),
         )

@@ -127,6 +127,6 @@ fn exit_code(exit: &Exit) -> u8 {
         Exit::GuestPanic => 4,
         Exit::TripleFault => 5,
         Exit::Stopped => 6,
-        Exit::InternalError { .. } => FAILED,
+        Exit::InternalError { .. } | Exit::MemoryLost { .. } => FAILED,
     }
 }

@@ -13,7 +13,7 @@ pub use mvm_devices::fd::FdSlot;
 pub use mvm_devices::virtio::DeviceSpec;
 use serde::{Deserialize, Serialize};
 pub use serial::{MAX_SERIAL_BYTES, Serial};
-pub use start::{Boot, Image, Protocol, Restore, Start};
+pub use start::{Boot, Image, Protocol, Restore, Start, Userfault};
 
 /// File descriptor on which the configuration arrives.
 pub const CONFIG_FD: u32 = 3;

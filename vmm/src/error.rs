@@ -38,6 +38,12 @@ pub enum Error {
         #[source]
         source: mvm_devices::memory::NoMemory,
     },
+    /// Memory that is missing cannot be reported.
+    #[error("cannot have memory that is elsewhere reported as it is touched (userfaultfd)")]
+    Userfault(#[source] io::Error),
+    /// Whoever has the memory does not take what it needs to bring it.
+    #[error("cannot tell whoever has the memory what to bring")]
+    MemorySource(#[source] io::Error),
     /// The kernel could not be loaded.
     #[error("cannot load the kernel")]
     Boot(#[from] boot::Error),
@@ -107,6 +113,10 @@ impl Error {
             }
             Error::Snapshot(error) => error.hint(),
             Error::Configured { source, .. } => return source.hint(),
+            Error::Userfault(_) => {
+                "it takes Linux 5.10 with CONFIG_USERFAULTFD, and root, access to /dev/userfaultfd (Linux 6.1), or sysctl vm.unprivileged_userfaultfd=1"
+            }
+            Error::MemorySource(_) => "see what became of whoever listens on that socket",
             Error::Memory { .. } => "give the machine less memory, or free some on this host",
             _ => return None,
         };

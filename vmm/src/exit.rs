@@ -21,6 +21,11 @@ pub enum Exit {
         /// What KVM reported, with a remedy where one is known.
         detail: String,
     },
+    /// The memory it was to go on with does not come any more.
+    MemoryLost {
+        /// What became of whoever has it.
+        detail: String,
+    },
 }
 
 impl Exit {
@@ -36,6 +41,7 @@ impl Exit {
             Exit::TripleFault => 12,
             Exit::Stopped => 13,
             Exit::InternalError { .. } => 14,
+            Exit::MemoryLost { .. } => 15,
         }
     }
 
@@ -48,6 +54,7 @@ impl Exit {
             12 => Exit::TripleFault,
             13 => Exit::Stopped,
             14 => Exit::InternalError { detail: String::new() },
+            15 => Exit::MemoryLost { detail: String::new() },
             _ => return None,
         })
     }
@@ -63,7 +70,8 @@ impl std::fmt::Display for Exit {
             Exit::TripleFault => "a triple fault ended it",
             Exit::Stopped => "stopped",
             Exit::InternalError { detail } if detail.is_empty() => "KVM could not go on",
-            Exit::InternalError { detail } => detail,
+            Exit::MemoryLost { detail } if detail.is_empty() => "its memory does not come any more",
+            Exit::InternalError { detail } | Exit::MemoryLost { detail } => detail,
         })
     }
 }
@@ -81,6 +89,7 @@ mod tests {
             Exit::TripleFault,
             Exit::Stopped,
             Exit::InternalError { detail: String::new() },
+            Exit::MemoryLost { detail: String::new() },
         ];
         for exit in all {
             assert_ne!(exit.code(), Exit::FAILED_TO_START);

@@ -38,6 +38,7 @@ mod serial_port;
 pub mod snapshot;
 pub mod status;
 mod supervisor;
+mod userfault;
 mod vcpu;
 
 pub use error::Error;

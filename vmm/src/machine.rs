@@ -28,9 +28,11 @@ use crate::pci_bus::PciBus;
 use crate::serial_port;
 use crate::snapshot::host::HostFacts;
 use crate::snapshot::pages::{self, Backed};
+use crate::snapshot::source::{self, Source};
 use crate::snapshot::vcpu::{SaveVcpu, VcpuState};
-use crate::snapshot::{MachineState, SnapshotId, WorkingSet, number};
+use crate::snapshot::{self, MachineState, SnapshotId, WorkingSet, number};
 use crate::status::{Stages, Stream, now};
+use crate::userfault::Userfault;
 use crate::vcpu::{self, Running, Vcpu};
 
 /// RAM that was saved.
@@ -52,6 +54,8 @@ pub(crate) struct Machine {
     pub backed: Vec<Backed>,
     /// What of it was saved, if it went on from a snapshot.
     pub saved: Option<SavedRam>,
+    /// Whoever brings it, if it is elsewhere.
+    pub source: Option<Source>,
     /// Attaches devices; its I/O loop serves them for as long as the machine is there.
     pub attacher: Attacher,
     /// What its CPUs see.
@@ -66,7 +70,7 @@ impl Machine {
     /// Builds the machine. Guest memory comes before everything else in KVM, see [`crate::kvm`].
     pub(crate) fn build(
         config: &MachineConfig,
-        slots: &mut Slots,
+        (slots, userfault): (&mut Slots, Option<Userfault>),
         status: &Arc<Stream>,
         stages: &mut Stages,
     ) -> Result<Self> {
@@ -77,14 +81,14 @@ impl Machine {
                 let memory = memory::create(memory::Extent::of(config)?)?;
                 let placed = load(config, boot, slots, &memory)?;
                 let backed = placed.images.into_iter().map(|range| Backed { range, file: None }).collect();
-                let ram = Ram { memory, backed, saved: None };
+                let ram = Ram { memory, backed, saved: None, source: None };
                 let mut machine = Self::assemble(config, slots, status, (kvm, ram, None), stages)?;
                 machine.add_vcpus(vcpus(&machine.vm, features, config.cpus.get(), placed.entry)?);
                 stages.vcpus_ns = now();
                 Ok(machine)
             }
             Start::Restore(restore) => {
-                let (state, ram) = read(config, restore, slots)?;
+                let (state, ram) = read(config, restore, (slots, userfault), status)?;
                 let mut machine = Self::assemble(config, slots, status, (kvm, ram, Some(&state)), stages)?;
                 machine.add_vcpus(restored_vcpus(&machine.vm, &state)?);
                 stages.vcpus_ns = now();
@@ -136,6 +140,7 @@ impl Machine {
             vm,
             backed: ram.backed,
             saved: ram.saved,
+            source: ram.source,
             attacher,
             bus,
             gate,
@@ -190,21 +195,41 @@ struct Ram {
     memory: Memory,
     backed: Vec<Backed>,
     saved: Option<SavedRam>,
+    source: Option<Source>,
 }
 
-fn read(config: &MachineConfig, restore: &Restore, slots: &mut Slots) -> Result<(MachineState, Ram)> {
+fn read(
+    config: &MachineConfig,
+    restore: &Restore,
+    (slots, userfault): (&mut Slots, Option<Userfault>),
+    status: &Arc<Stream>,
+) -> Result<(MachineState, Ram)> {
     let state = File::from(slots.take_for(restore.state, "saved state")?);
-    let file = File::from(slots.take_for(restore.memory, "saved memory")?);
+    let file = slots.take_for(restore.memory, "saved memory")?;
     let state = MachineState::read(&state, config, &restore.contents)?;
     let base = slots.take_optional(restore.base, "memory of the base")?.map(File::from);
     let extent = memory::Extent { shown: state.shown(), ..memory::Extent::of(config)? };
-    let (memory, backed) = pages::map(extent, file, base, &state.id)?;
+    let ram = match userfault {
+        None => {
+            let (memory, backed) = pages::map(extent, file.into(), base, &state.id)?;
+            let saved = Some(SavedRam { id: state.id, bytes: extent.bytes() });
+            Ram { memory, backed, saved, source: None }
+        }
+        Some(_) if base.is_some() => {
+            return Err(snapshot::Error::Base("memory that is elsewhere has none").into());
+        }
+        Some(userfault) => {
+            let (memory, backed, source) = source::map(extent, file, userfault)?;
+            source.watch(status)?;
+            // Which of it was only read nobody can tell: all that is there is the machine's own.
+            Ram { memory, backed, saved: None, source: Some(source) }
+        }
+    };
     if let Some(file) = slots.take_optional(restore.working_set, "working set")? {
         let set = WorkingSet::read(&file.into(), extent, &state.id)?;
-        set.bring_in(&memory).map_err(Error::system("bring in the working set"))?;
+        set.bring_in(&ram.memory).map_err(Error::system("bring in the working set"))?;
     }
-    let saved = Some(SavedRam { id: state.id, bytes: extent.bytes() });
-    Ok((state, Ram { memory, backed, saved }))
+    Ok((state, ram))
 }
 
 fn load(config: &MachineConfig, boot: &Boot, slots: &mut Slots, memory: &Memory) -> Result<Placed> {

@@ -6,7 +6,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::config::{MAX_CONFIG_BYTES, MachineConfig};
+use crate::config::{MAX_CONFIG_BYTES, MachineConfig, Restore, Start};
 use crate::error::{Error, Result, causes};
 use crate::exit::Exit;
 use crate::fds::{Slots, duplicate_above};
@@ -15,6 +15,7 @@ use crate::log;
 use crate::machine::{Machine, set_nonblocking};
 use crate::status::{Event, Stages, Stream, now};
 use crate::supervisor::{Supervisor, block_signals};
+use crate::userfault::Userfault;
 
 /// Descriptors the table has room for from the start: growing it once there are threads waits for a grace
 /// period in the host's kernel.
@@ -36,6 +37,7 @@ pub fn run() -> u8 {
         Ok(config) => config,
         Err(error) => return fail(&error, &Stream::default()),
     };
+    let userfault = userfault(&config, &mut slots);
     if let Err(error) = slots.take_optional(config.root, "root directory").and_then(jail::enter) {
         return fail(&error, &Stream::default());
     }
@@ -44,7 +46,7 @@ pub fn run() -> u8 {
         Ok(status) => Arc::new(status),
         Err(error) => return fail(&error, &Stream::default()),
     };
-    match run_machine(&config, &mut slots, &status, stages) {
+    match run_machine(&config, (&mut slots, userfault), &status, stages) {
         Ok(exit) => {
             let code = exit.code();
             // Whoever reads the status stream tells the user.
@@ -63,19 +65,30 @@ pub fn run() -> u8 {
 
 fn run_machine(
     config: &MachineConfig,
-    slots: &mut Slots,
+    (slots, userfault): (&mut Slots, Result<Option<Userfault>>),
     status: &Arc<Stream>,
     mut stages: Stages,
 ) -> Result<Exit> {
+    let userfault = userfault?;
     let signals = block_signals()?;
     let control = slots.take_optional(config.control, "control socket")?;
-    let mut machine = Machine::build(config, slots, status, &mut stages)?;
+    let mut machine = Machine::build(config, (slots, userfault), status, &mut stages)?;
     let vcpus = machine.start()?;
     status.send(&Event::Started { stages });
     machine.complete()?;
+    if let Some(source) = &machine.source {
+        source.serving();
+    }
     // Never dropped: the process ends next, and taking its threads down in order would only take time.
     let mut supervisor = ManuallyDrop::new(Supervisor::new(config, machine, vcpus, &signals, control)?);
     Ok(supervisor.run())
+}
+
+/// By what missing memory is reported, if any is elsewhere. Later the process has no right to it.
+fn userfault(config: &MachineConfig, slots: &mut Slots) -> Result<Option<Userfault>> {
+    let Start::Restore(Restore { userfault: Some(by), .. }) = &config.start else { return Ok(None) };
+    let device = slots.take_optional(by.device, "/dev/userfaultfd")?.map(File::from);
+    Userfault::new(device.as_ref()).map(Some).map_err(Error::Userfault)
 }
 
 fn read_config(slots: &mut Slots) -> Result<MachineConfig> {
@@ -121,7 +134,7 @@ fn fail(error: &Error, status: &Stream) -> u8 {
     Exit::FAILED_TO_START
 }
 
-fn complain(text: &str) {
+pub(crate) fn complain(text: &str) {
     // If nobody listens there is nobody to tell.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }

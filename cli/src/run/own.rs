@@ -11,7 +11,7 @@ use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::owner::{Job, Outputs, Owner, Refused, Run, exit_code};
 use mvm_runtime::rootfs::upper_disk;
 use mvm_runtime::sandbox::{ContainerRequest, Launcher, RootfsMount, Sandbox, SandboxRequest};
-use mvm_runtime::snapshot::{Going, Snapshots};
+use mvm_runtime::snapshot::{Going, Memory, Snapshots};
 use mvm_runtime::state::{Home, Resource, Wish};
 use mvm_runtime::timeline::{Stage, Timeline, Track};
 use nix::sys::signal::{SigSet, Signal};
@@ -43,8 +43,8 @@ pub(crate) struct Order {
 pub(crate) struct From {
     pub(crate) snapshot: String,
     pub(crate) hostname: Option<String>,
-    /// The memory that it needs first is brought in beforehand.
-    pub(crate) prefault: bool,
+    /// How its memory comes.
+    pub(crate) memory: Memory,
 }
 
 /// Where a container's streams go.
@@ -168,7 +168,7 @@ impl<R: FnOnce()> Runs<'_, R> {
         let entry = Snapshots::of(&state_dir()).get(&from.snapshot)?;
         // Where it is found when the container is started again.
         let writes = upper_disk(&self.directory.join(WRITES))?;
-        let going = entry.going(&writes, self.job.stdio(crate::terminal::size), from.prefault)?;
+        let going = entry.going(&writes, self.job.stdio(crate::terminal::size), &from.memory)?;
         launcher.restore(request, &container, &Going { hostname: from.hostname.clone(), ..going })
     }
 

@@ -1,6 +1,7 @@
 //! What can be said about snapshots.
 
 use clap::{Args, Subcommand};
+use mvm_runtime::machine::MemorySource;
 use mvm_vmm::config::MachineId;
 
 use crate::words::Format;
@@ -95,4 +96,7 @@ pub(crate) struct Restore {
     /// Bring in beforehand the memory that the first one restored so needed; the first one notes it
     #[arg(long)]
     pub(crate) prefault: bool,
+    /// Have its memory brought, page by page, by whoever listens there: unix:PATH
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "prefault")]
+    pub(crate) memory_source: Option<MemorySource>,
 }

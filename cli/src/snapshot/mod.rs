@@ -8,7 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use mvm_runtime::container::state_dir;
 use mvm_runtime::failure::{Context, Failure};
 use mvm_runtime::owner::Job;
-use mvm_runtime::snapshot::{self, Entry, Manifest, Snapshots};
+use mvm_runtime::snapshot::{self, Entry, Manifest, Memory, Snapshots};
 use mvm_runtime::state::Home;
 use mvm_runtime::timeline::Timeline;
 use mvm_vmm::config::MachineId;
@@ -153,7 +153,11 @@ pub(crate) fn restore(options: &Restore) -> Result<u8, Failure> {
     entry.check()?;
     let mut order = order(&entry.manifest, options.name.as_ref(), generated_id()?);
     if let Some(from) = &mut order.from {
-        from.prefault = options.prefault;
+        from.memory = match &options.memory_source {
+            Some(source) => Memory::Source(source.clone()),
+            None if options.prefault => Memory::Beforehand,
+            None => Memory::AsTouched,
+        };
     }
     leave_behind(&order)?;
     print(&format!("{}\n", order.job.id)).map(|()| 0)
@@ -196,7 +200,7 @@ fn order(manifest: &Manifest, name: Option<&MachineId>, id: String) -> Order {
     let job = Job { id, name, spec, ..saved.clone() };
     Order {
         job,
-        from: Some(From { snapshot: manifest.name.to_string(), hostname, prefault: false }),
+        from: Some(From { snapshot: manifest.name.to_string(), hostname, memory: Memory::default() }),
         timeline: Timeline::default(),
     }
 }

@@ -280,7 +280,9 @@ fn saved(fixture: &Fixture, directory: &Path, process: u64) -> Going {
         state: directory.join("state"),
         memory: directory.join("memory"),
         base: None,
+        source: None,
+        working_set: None,
         contents: machine.contents.clone(),
     };
-    Going { disks: disks.collect(), machine, snapshot, process, stdio: PIPES, hostname: None }
+    Going { disks: disks.collect(), machine, snapshot, process, stdio: PIPES, hostname: None, record: None }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -20,9 +21,13 @@ use crate::Test;
 use crate::files::ext4_disk;
 use crate::network::pings;
 
+#[path = "../../../vmm/examples/memory_source/handler.rs"]
+mod handler;
+
 pub(crate) const TESTS: &[Test] = &[
     ("a_saved_guest_goes_on_and_its_agent_calls_again", goes_on),
     ("every_device_goes_on_after_a_snapshot_under_load", every_device),
+    ("a_guest_goes_on_with_memory_that_is_elsewhere_and_gives_some_of_it_back", elsewhere),
     ("guests_of_one_snapshot_go_their_own_ways_while_the_saved_one_lives", clones),
 ];
 
@@ -45,7 +50,17 @@ fn save(vm: &Vm, name: &str, resume: bool) -> (Snapshot, Saved) {
     let (to, ram) = (make(&state), make(&memory));
     let control = vm.container.machine.control();
     let saved = done(control.snapshot(to.as_fd(), ram.as_fd(), CONTENTS, resume));
-    (Snapshot { state, memory, base: None, working_set: None, contents: CONTENTS.to_owned() }, saved)
+    (
+        Snapshot {
+            state,
+            memory,
+            source: None,
+            base: None,
+            working_set: None,
+            contents: CONTENTS.to_owned(),
+        },
+        saved,
+    )
 }
 
 /// A machine as [`TestVm`] makes them, that goes on from `saved`.
@@ -133,6 +148,50 @@ fn clones() {
     assert_eq!(first.sh("cat /tmp/word"), "3\n");
     assert_eq!(vm.sh("cat /tmp/word"), "2\n");
     assert_eq!(first.sh("nproc"), "1\n");
+}
+
+fn elsewhere() {
+    let mut vm = TestVm::new().boot();
+    vm.sh("head -c 8M /dev/urandom > /tmp/file; sha256sum < /tmp/file > /tmp/sum");
+    let (saved, _) = save(&vm, "elsewhere", false);
+    drop(vm);
+    let away = scratch().join("elsewhere.away");
+    std::fs::rename(&saved.memory, &away).expect("it is ours");
+    let path = scratch().join("elsewhere.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let source = Some(format!("unix:{}", path.display()).parse().expect("an address"));
+    let saved = Snapshot { source, ..saved };
+    let serving = std::thread::spawn(move || {
+        let (socket, _) = listener.accept().expect("a machine");
+        let mut machine = handler::Machine::meet(socket).expect("it says what it needs");
+        machine.serve(&File::open(away).expect("a file")).expect("it is served");
+        machine
+    });
+    let mut again = restore(&saved, "elsewhere", 1);
+    assert_eq!(again.sh("sha256sum < /tmp/file | cmp - /tmp/sum && echo same"), "same\n");
+    // What goes to the balloon or is freed is reported, and is not what was saved when it comes back.
+    again.sh("rm /tmp/file");
+    let balloon = |target_mib| {
+        let request = Request::Balloon { target_mib };
+        let end = Instant::now() + PATIENCE;
+        let asked = || again.machine.control().call(&request, &[]).expect("a balloon");
+        while asked() != Answer::Balloon(Balloon { target_mib, actual_mib: target_mib }) {
+            assert!(Instant::now() < end, "{:?}", asked());
+        }
+    };
+    balloon(48);
+    balloon(0);
+    let script = "head -c 24M /dev/zero | tee /tmp/zeroes | sha256sum > /tmp/sum; sha256sum < /tmp/zeroes | cmp - /tmp/sum && echo same";
+    assert_eq!(again.sh(script), "same\n");
+    again.agent.shut_down(ShutdownMode::PowerOff, Duration::from_secs(2)).expect("it shuts down");
+    assert_eq!(done(again.machine.wait()), Exit::Shutdown);
+    let machine = serving.join().expect("no panic");
+    assert!(
+        machine.removed.len() > 1000 && machine.brought > 1000,
+        "{} pages were brought and {} given back",
+        machine.brought,
+        machine.removed.len()
+    );
 }
 
 /// Counts on a disk, for as long as it is let.

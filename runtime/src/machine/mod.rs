@@ -6,6 +6,7 @@ mod device;
 mod listen;
 mod plan;
 mod running;
+mod source;
 mod start;
 mod working;
 
@@ -19,5 +20,6 @@ pub use plan::{ConsoleKind, Disk, Kernel, Net, NotADisk, OpenTap, Origin, Plan, 
 pub(crate) use running::tests::machine;
 pub use running::{Console, Machine};
 pub(crate) use running::{LOST_TIME, explain};
+pub use source::{MemorySource, NotASource};
 pub use start::{CONTROL_SOCKET, Prepared, describe, prepare};
 pub(crate) use working::WORKING_SET;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use mvm_devices::virtio::DeviceSpec;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
+use super::source::MemorySource;
 use crate::net::Netns;
 pub use crate::net::{Net, OpenTap, TapNet};
 
@@ -71,6 +72,8 @@ pub struct Snapshot {
     pub state: PathBuf,
     /// The file of its RAM.
     pub memory: PathBuf,
+    /// Whoever has its RAM instead of that file, which then need not be there.
+    pub source: Option<MemorySource>,
     /// The file of the RAM that this is changes to, if it is not whole.
     pub base: Option<PathBuf>,
     /// The file of the pages that are brought in before it goes on, if any are.

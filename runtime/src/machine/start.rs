@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::vsock::dialer::DialServer;
 use mvm_devices::virtio::{DeviceSpec, console, mem, vsock};
-use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Restore, Serial, Start};
+use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Restore, Serial, Start, Userfault};
 use mvm_vmm::launch::{Files, Launch};
 
 use super::calls::{Calls, VSOCK_SOCKET};
@@ -19,6 +19,7 @@ use super::device::{disk_spec, open_disk, tap_spec};
 use super::listen::listen;
 use super::plan::{ConsoleKind, Kernel, Origin, Plan, Snapshot};
 use super::running::{Console, Machine};
+use super::source::device;
 use crate::failure::{Context, Failure};
 use crate::net::{Net, Netns, TapNet, mac_of, open_tap};
 
@@ -159,10 +160,16 @@ impl Opening {
     /// What the machine starts from. A kernel's command line comes later.
     fn start(&mut self, plan: &Plan) -> Result<Start, Failure> {
         match &plan.origin {
-            Origin::Saved(Snapshot { state, memory, base, working_set, contents }) => {
+            Origin::Saved(Snapshot { state, memory, source, base, working_set, contents }) => {
+                let state = self.add(|| open(state, "saved state"))?;
+                let (memory, userfault) = match source {
+                    None => (self.add(|| open(memory, "saved memory"))?, None),
+                    Some(source) => (self.add(|| source.connect())?, Some(self.userfault()?)),
+                };
                 Ok(Start::Restore(Restore {
-                    state: self.add(|| open(state, "saved state"))?,
-                    memory: self.add(|| open(memory, "saved memory"))?,
+                    state,
+                    memory,
+                    userfault,
                     base: self.add_any(base.as_deref(), "saved memory")?,
                     working_set: self.add_any(working_set.as_deref(), "working set")?,
                     contents: contents.clone(),
@@ -174,6 +181,12 @@ impl Opening {
                 Ok(Start::Boot(Boot { initrd, ..Boot::new(kernel) }))
             }
         }
+    }
+
+    /// By what a machine has missing memory reported. Without the device it asks by its own right.
+    fn userfault(&mut self) -> Result<Userfault, Failure> {
+        let device = self.files.is_some().then(device).flatten();
+        Ok(Userfault { device: device.map(|device| self.add(|| Ok(device))).transpose()? })
     }
 
     fn disks(&mut self, plan: &Plan) -> Result<(), Failure> {
@@ -314,70 +327,5 @@ fn open(path: &Path, what: &str) -> Result<File, Failure> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn describing_a_plan_opens_and_makes_nothing_and_says_what_preparing_would() {
-        let sockets = std::env::temp_dir().join(format!("mvm-no-such-{}", std::process::id()));
-        let kernel = Kernel {
-            image: "/no/such/kernel".into(),
-            initrd: Some("/no/such/initrd".into()),
-            cmdline: "quiet".to_owned(),
-        };
-        let plan = Plan {
-            disks: vec!["/no/such/disk,serial=d".parse().unwrap()],
-            nets: vec!["tap=nosuch".parse().unwrap()],
-            console: Some(ConsoleKind::Virtio),
-            sockets: Some(sockets.clone()),
-            ..Plan::new("m".parse().unwrap(), Origin::Kernel(kernel))
-        };
-        let config = describe(&plan).unwrap();
-        assert!(!sockets.exists());
-        assert!(prepare(&plan).is_err());
-        let Start::Boot(boot) = &config.start else { panic!("{config:?}") };
-        assert_eq!((config.kvm, boot.kernel, boot.initrd), (FdSlot(4), FdSlot(5), Some(FdSlot(6))));
-        assert_eq!(config.devices.len(), 4);
-        assert_eq!(config.control, Some(FdSlot(13)), "disk, tap, listener, dialer and console come before");
-
-        let kinds = |plan: &Plan| -> Vec<&str> {
-            let kind = |device: &DeviceSpec| match device {
-                DeviceSpec::Block(_) => "disk",
-                DeviceSpec::Net(_) => "card",
-                DeviceSpec::Vsock(_) => "vsock",
-                DeviceSpec::Mem(_) => "memory",
-                _ => "other",
-            };
-            describe(plan).unwrap().devices.iter().map(kind).collect()
-        };
-        assert_eq!(kinds(&plan), ["disk", "card", "vsock", "other"]);
-        let plugged = Plan { plugged: true, console: None, ..plan.clone() };
-        assert_eq!(kinds(&plugged), ["vsock", "card", "disk"], "where they are plugged in");
-        let grown = |plan: Plan| kinds(&Plan { plugs_mib: Some(256), ..plan });
-        assert_eq!(grown(plugged), ["vsock", "card", "disk", "memory"]);
-        assert_eq!(grown(plan.clone()), ["disk", "card", "vsock", "other", "memory"]);
-
-        let mut saved = Snapshot {
-            state: "/no/s".into(),
-            memory: "/no/m".into(),
-            base: None,
-            working_set: None,
-            contents: "k".to_owned(),
-        };
-        let config = describe(&Plan { origin: Origin::Saved(saved.clone()), ..plan.clone() }).unwrap();
-        let restore = Restore {
-            state: FdSlot(5),
-            memory: FdSlot(6),
-            base: None,
-            working_set: None,
-            contents: "k".to_owned(),
-        };
-        assert_eq!(config.start, Start::Restore(restore));
-        assert_eq!((config.devices.len(), config.control), (4, Some(FdSlot(13))), "all else is the same");
-        saved.base = Some("/no/b".into());
-        saved.working_set = Some("/no/w".into());
-        let config = describe(&Plan { origin: Origin::Saved(saved), ..plan }).unwrap();
-        let Start::Restore(restore) = config.start else { panic!("{config:?}") };
-        assert_eq!((restore.base, restore.working_set), (Some(FdSlot(7)), Some(FdSlot(8))));
-    }
-}
+#[path = "start_tests.rs"]
+mod tests;

@@ -74,6 +74,7 @@ pub(super) fn restore(
     // A file of memory that is mapped may go once it is.
     let scratch = Snapshots::of(&sandbox.state).begin()?;
     let snapshot = Snapshot {
+        source: None,
         base: None,
         working_set: None,
         state: state_file(scratch.path()),

@@ -307,7 +307,6 @@ impl SavedMachine {
     ) -> Result<(Snapshot, Vec<Disk>), Failure> {
         let (state, memory) = (state_file(directory), memory_file(directory));
         check_file(&state, self.state_bytes)?;
-        check_file(&memory, 0)?;
         let mut disks = Vec::with_capacity(self.disks.len());
         for (number, SavedDisk { serial, read_only, bytes }) in self.disks.iter().enumerate() {
             let saved = disk_file(directory, number);
@@ -319,7 +318,17 @@ impl SavedMachine {
             };
             disks.push(Disk { path, read_only: *read_only, serial: serial.clone(), throwaway: false });
         }
-        Ok((Snapshot { state, memory, base, working_set: None, contents: self.contents.clone() }, disks))
+        Ok((
+            Snapshot {
+                state,
+                memory,
+                source: None,
+                base,
+                working_set: None,
+                contents: self.contents.clone(),
+            },
+            disks,
+        ))
     }
 
     /// Bytes of memory that are in its file, zeroes or not.

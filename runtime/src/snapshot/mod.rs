@@ -32,4 +32,4 @@ pub use manifest::{
     Base, BaseMemory, Going, Manifest, Of, SavedDisk, SavedGrowth, SavedMachine, SavedRun, VERSION,
 };
 pub(crate) use manifest::{disk_file, memory_file, state_file};
-pub use store::{Entry, Snapshots};
+pub use store::{Entry, Memory, Snapshots};

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use mvm_vmm::config::MachineId;
 use nix::fcntl::{Flock, FlockArg};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::manifest::{Base, BaseMemory, Going, Manifest, check_file, disk_file, memory_file};
 use crate::agent::StdioSpec;
 use crate::catalog::{Catalog, MANIFEST, Scratch, note};
 use crate::failure::{Context, Failure};
-use crate::machine::WORKING_SET;
+use crate::machine::{MemorySource, Snapshot, WORKING_SET};
 use crate::rootfs::copy_sparse;
 
 /// Below the state directory.
@@ -68,12 +68,11 @@ impl Entry {
         check_file(&file, 0).map(|()| Some(file))
     }
 
-    /// What a machine goes on from. The disk of the container's writes is copied to `writes`, which must not be there. If
-    /// its memory is to be `prefaulted`, that is what one before it needed, or what this one needs is recorded.
+    /// What a machine goes on from. The disk of the container's writes is copied to `writes`, which must not be there.
     ///
     /// # Errors
     /// A file is missing or is not what was saved, or the disk cannot be copied.
-    pub fn going(&self, writes: &Path, stdio: StdioSpec, prefaulted: bool) -> Result<Going, Failure> {
+    pub fn going(&self, writes: &Path, stdio: StdioSpec, memory: &Memory) -> Result<Going, Failure> {
         let failed = || format!("cannot use snapshot {}", self.manifest.name);
         let run = &self.manifest.run;
         let base = self.base_memory().context(failed)?;
@@ -83,20 +82,50 @@ impl Entry {
             let copied = copy(&disk_file(&self.directory, number), writes);
             copied.context(|| format!("cannot copy a disk to {}", writes.display())).context(failed)?;
         }
-        let mut record = None;
-        if prefaulted {
-            let path = self.directory.join(WORKING_SET);
-            match fs::symlink_metadata(&path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => record = Some(path),
-                _ => {
-                    check_file(&path, 0).context(failed)?;
-                    snapshot.working_set = Some(path);
-                }
-            }
-        }
+        let record = self.bring(memory, &mut snapshot).context(failed)?;
         let (machine, process) = (run.machine.clone(), run.process);
         Ok(Going { machine, snapshot, disks, process, stdio, hostname: None, record })
     }
+}
+
+impl Entry {
+    /// Has the memory of `snapshot` come in this way. Where it is to be recorded what the machine needs, if it is.
+    fn bring(&self, memory: &Memory, snapshot: &mut Snapshot) -> Result<Option<PathBuf>, Failure> {
+        if let Memory::Source(source) = memory {
+            if let Some(base) = &self.manifest.run.machine.base {
+                let why =
+                    format!("of its memory there is only what differs from that of snapshot {}", base.name);
+                return Err(Failure::new(format!("{why}, and what is elsewhere must be whole")).refused());
+            }
+            snapshot.source = Some(source.clone());
+            return Ok(None);
+        }
+        check_file(&snapshot.memory, 0)?;
+        if *memory == Memory::AsTouched {
+            return Ok(None);
+        }
+        let path = self.directory.join(WORKING_SET);
+        match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Some(path)),
+            _ => {
+                check_file(&path, 0)?;
+                snapshot.working_set = Some(path);
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// How the memory of a machine that goes on comes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Memory {
+    /// From the snapshot's file, each page when it is first touched.
+    #[default]
+    AsTouched,
+    /// The same, but what one before it needed is there beforehand. Of the first, it is recorded.
+    Beforehand,
+    /// From elsewhere, each page when it is first touched.
+    Source(MemorySource),
 }
 
 /// A base that nobody removes as long as this is there.

@@ -62,10 +62,10 @@ fn a_machine_gets_a_disk_of_writes_of_its_own() {
     make(&snapshots, "a").unwrap();
     let writes = dir.path().join("writes.ext4");
     let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
-    let going = snapshots.get("a").unwrap().going(&writes, stdio, false).unwrap();
+    let going = snapshots.get("a").unwrap().going(&writes, stdio, &Memory::AsTouched).unwrap();
     assert_eq!(fs::read(&writes).unwrap(), b"writes");
     assert_eq!((going.disks[1].path.clone(), going.disks[1].read_only), (writes.clone(), false));
-    let again = snapshots.get("a").unwrap().going(&writes, stdio, false).unwrap_err().report();
+    let again = snapshots.get("a").unwrap().going(&writes, stdio, &Memory::AsTouched).unwrap_err().report();
     assert!(again.contains("cannot copy a disk"), "it is another's: {again}");
 }
 
@@ -77,27 +77,48 @@ fn what_one_machine_needed_is_recorded_once_and_brought_in_for_those_that_are_to
     let file = snapshots.catalog.path("a").join("working-set");
     let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
     let mut number = 0;
-    let mut going = |prefaulted| {
+    let mut going = |memory: &Memory| {
         number += 1;
         let writes = dir.path().join(format!("writes-{number}"));
-        let going = snapshots.get("a").unwrap().going(&writes, stdio, prefaulted);
+        let going = snapshots.get("a").unwrap().going(&writes, stdio, memory);
         going.map(|going| (going.snapshot.working_set, going.record)).map_err(|failure| failure.report())
     };
-    assert_eq!(going(true), Ok((None, Some(file.clone()))));
+    assert_eq!(going(&Memory::Beforehand), Ok((None, Some(file.clone()))));
     fs::write(&file, "pages").unwrap();
-    assert_eq!(going(false), Ok((None, None)));
-    assert_eq!(going(true), Ok((Some(file.clone()), None)));
+    assert_eq!(going(&Memory::AsTouched), Ok((None, None)));
+    assert_eq!(going(&Memory::Beforehand), Ok((Some(file.clone()), None)));
     fs::remove_file(&file).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
-    let refused = going(true).unwrap_err();
+    let refused = going(&Memory::Beforehand).unwrap_err();
     assert!(refused.contains("is no file"), "{refused}");
 }
 
 fn going(snapshots: &Snapshots, name: &str) -> Result<Option<PathBuf>, String> {
     let writes = tempfile::tempdir().unwrap();
     let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
-    let going = snapshots.get(name).unwrap().going(&writes.path().join("w"), stdio, false);
+    let going = snapshots.get(name).unwrap().going(&writes.path().join("w"), stdio, &Memory::AsTouched);
     going.map(|going| going.snapshot.base).map_err(|failure| failure.report())
+}
+
+#[test]
+fn memory_that_is_elsewhere_need_not_be_here_and_has_no_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::of(dir.path());
+    make(&snapshots, "full").unwrap();
+    make_above(&snapshots, "above", Some("full")).unwrap();
+    let source: MemorySource = "unix:/run/pages".parse().unwrap();
+    let stdio = StdioSpec::Pipes { stdin: false, stdout: true, stderr: true };
+    let going = |name: &str, memory: &Memory| {
+        let writes = tempfile::tempdir().unwrap();
+        let going = snapshots.get(name).unwrap().going(&writes.path().join("w"), stdio, memory);
+        going.map(|going| going.snapshot.source).map_err(|failure| failure.report())
+    };
+    let elsewhere = Memory::Source(source.clone());
+    let refused = going("above", &elsewhere).unwrap_err();
+    assert!(refused.contains("differs from that of snapshot full"), "{refused}");
+    fs::remove_file(memory_file(&snapshots.catalog.path("full"))).unwrap();
+    assert_eq!(going("full", &elsewhere), Ok(Some(source)));
+    assert!(going("full", &Memory::AsTouched).unwrap_err().contains("cannot look at"));
 }
 
 #[test]

@@ -63,6 +63,7 @@ pub(super) fn saved_in(directory: &Path, key: &Key) -> Snapshot {
     Snapshot {
         state: directory.join(STATE),
         memory: directory.join(MEMORY),
+        source: None,
         base: None,
         working_set: working_set.is_file().then_some(working_set),
         contents: key.to_string(),

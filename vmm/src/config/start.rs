@@ -80,8 +80,11 @@ pub struct Restore {
     /// CPUs and devices.
     pub state: FdSlot,
     /// RAM: mapped privately, so that the file is shared by all machines and never written. Nobody may make it
-    /// shorter while one of them runs.
+    /// shorter while one of them runs. With `userfault`, a UNIX stream socket that is connected to whoever has it.
     pub memory: FdSlot,
+    /// The memory is elsewhere, and each page is brought when it is first touched. It has no base then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub userfault: Option<Userfault>,
     /// The whole memory that the other is changes to, if it is: mapped in the same way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<FdSlot>,
@@ -97,6 +100,15 @@ pub struct Restore {
 impl Restore {
     /// One whose memory is whole, in a file, and of which nothing is said.
     pub fn new(state: FdSlot, memory: FdSlot) -> Self {
-        Self { state, memory, base: None, working_set: None, contents: String::new() }
+        Self { state, memory, userfault: None, base: None, working_set: None, contents: String::new() }
     }
+}
+
+/// By what a machine has the pages reported that are missing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Userfault {
+    /// `/dev/userfaultfd`; without it the process asks by its own right, before it gives that up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<FdSlot>,
 }

@@ -14,6 +14,7 @@ mod changes;
 mod format;
 pub(crate) mod host;
 pub(crate) mod pages;
+pub(crate) mod source;
 #[cfg(test)]
 mod tests;
 mod tsc;

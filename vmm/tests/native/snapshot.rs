@@ -13,6 +13,7 @@ use mvm_vmm::flat::Program;
 use mvm_vmm::launch::{Ended, Files};
 use mvm_vmm::status::Event;
 
+mod source;
 mod working;
 
 use super::{Vm, launch};

@@ -44,6 +44,7 @@ pub(super) fn restore() -> io::Result<Figure> {
     let saved = Snapshot {
         state: path("state"),
         memory: path("memory"),
+        source: None,
         base: None,
         working_set: None,
         contents: "bench".to_owned(),

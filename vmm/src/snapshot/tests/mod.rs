@@ -43,6 +43,7 @@ fn config(devices: &[SavedFunction]) -> MachineConfig {
             Start::Restore(Restore {
                 state: FdSlot(4),
                 memory: FdSlot(5),
+                userfault: None,
                 base: None,
                 working_set: None,
                 contents: CONTENTS.to_owned(),

@@ -20,6 +20,7 @@ use crate::{
     boot::Role,
     cgroup::{self, Cgroup},
     device_rules,
+    disks::Disks,
     error::{Context, Error, Result},
     kmsg,
     root::{Root, Spaces, check_id},
@@ -48,7 +49,7 @@ impl Containers {
     /// None yet.
     pub(crate) fn new(role: Role) -> Self {
         let rescan = (role == Role::Init).then(|| PathBuf::from("/sys/bus/pci/rescan"));
-        let storage = Storage::new(role.directory(), PathBuf::from("/sys/block"), rescan);
+        let storage = Storage::new(role.directory(), Disks::new(PathBuf::from("/sys/block"), rescan));
         let cgroups = (role == Role::Init).then_some(Path::new(cgroup::MOUNT_POINT));
         Self { storage, cgroups, roots: Vec::new(), texts: Vec::new(), machine_id: None }
     }
@@ -106,7 +107,7 @@ impl Containers {
     fn with_disks<'a>(&self, surroundings: &'a Surroundings) -> Result<Cow<'a, Surroundings>> {
         let mut known = Cow::Borrowed(surroundings);
         for DiskNode { path, serial, mode, uid, gid } in &surroundings.disks {
-            let device = self.storage.find_disk(serial)?;
+            let device = self.storage.found.device(serial)?;
             let number = stat(device.as_str()).context(|| format!("cannot look at {device}"))?.st_rdev;
             let of = |part: u64| {
                 u32::try_from(part).map_err(|_| Error::Invalid(format!("{device} has no number")))

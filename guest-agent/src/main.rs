@@ -17,6 +17,7 @@ mod containers;
 mod control;
 mod device_rules;
 mod dial;
+mod disks;
 mod error;
 mod files;
 mod flow;

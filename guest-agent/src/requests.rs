@@ -71,7 +71,7 @@ impl Agent {
             Request::Put(put) => done(files::put(&self.containers, &put)),
             Request::Get(get) => files::get(&self.containers, &get).map(Reply::Got),
             Request::Forward { port, stream } => return self.forward(id, port, stream),
-            Request::Rescan => done(self.containers.storage.rescan()),
+            Request::Rescan => done(self.containers.storage.found.rescan()),
             Request::Eject { serial } => done(self.containers.storage.eject(&serial)),
             Request::Prepare => done(self.prepare()),
             Request::Clock => Ok(Reply::Clock(clock::wall_clock())),

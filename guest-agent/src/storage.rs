@@ -1,48 +1,36 @@
-//! File systems in the agent's own name space: disks found by their virtio serial, tmpfs, overlays.
+//! File systems in the agent's own name space: disks, tmpfs, overlays.
 
 use std::{
     fs,
     path::{Component, Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use mvm_protocol::{DiskFilesystem, Lower, Mount, MountSource, Writable, limits};
 use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::{
-    bus,
+    disks::Disks,
     error::{Context, Error, Result},
     spawn::c_string,
     step::{Kernel, MountCall, Step},
-    uevent::Uevents,
 };
-
-/// Longest virtio serial (virtio 1.2 §5.2.6.1).
-const MAX_SERIAL: usize = 20;
 
 /// How far a layer is read ahead, in sectors of 512 bytes: a copy of what the host has in its memory already, around each
 /// page of a program that is missed. With the kernel's 128 KiB a container that runs `sleep` has 476 KiB more.
 const LAYER_READ_AHEAD: u32 = 64;
 
-/// How long a disk may take to show after its container was asked for.
-const PATIENCE: Duration = Duration::from_secs(2);
-
 /// What the agent has mounted for containers, so that a disk is mounted once and all of it is unmounted.
 pub(crate) struct Storage {
     /// Where everything is mounted: `/run/mvm` in a guest.
     base: PathBuf,
-    /// Where the kernel lists block devices: `/sys/block`.
-    sys_block: PathBuf,
+    /// Disks that there are.
+    pub(crate) found: Disks,
     /// Disks that are mounted for containers.
     disks: Vec<Disk>,
     /// Disks mounted so far, for their directories' names.
     named: usize,
     /// All mount points, in the order they were made.
     mounted: Vec<String>,
-    /// How long a disk that is not there is waited for.
-    patience: Duration,
-    /// Where the kernel is told to look for new PCI functions, if that is this agent's to do.
-    rescan: Option<PathBuf>,
 }
 
 /// A disk that is mounted once, for as long as a container needs it.
@@ -56,9 +44,8 @@ struct Disk {
 
 impl Storage {
     /// Nothing mounted yet.
-    pub(crate) fn new(base: PathBuf, sys_block: PathBuf, rescan: Option<PathBuf>) -> Self {
-        let patience = PATIENCE;
-        Self { base, sys_block, disks: Vec::new(), named: 0, mounted: Vec::new(), patience, rescan }
+    pub(crate) fn new(base: PathBuf, found: Disks) -> Self {
+        Self { base, found, disks: Vec::new(), named: 0, mounted: Vec::new() }
     }
 
     /// Makes mounts in order; if one fails those made before it are undone.
@@ -83,7 +70,7 @@ impl Storage {
         let flags = if mount.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
         match &mount.source {
             MountSource::Disk { serial, filesystem } => {
-                let device = self.find_disk(serial)?;
+                let device = self.found.device(serial)?;
                 self.mount(kernel, &disk_call(&device, &mount.target, *filesystem, flags)?)
             }
             MountSource::Tmpfs { size } => self.mount(kernel, &tmpfs_call(&mount.target, *size, flags)?),
@@ -193,7 +180,7 @@ impl Storage {
             disk.users.push(id.to_owned());
             return Ok(disk.directory.clone());
         }
-        let device = self.find_disk(serial)?;
+        let device = self.found.device(serial)?;
         if filesystem == DiskFilesystem::Erofs {
             let step = Step::ReadAhead { device: c_string(&device)?, sectors: LAYER_READ_AHEAD };
             kernel.perform(&step).context(|| step.to_string())?;
@@ -234,65 +221,17 @@ impl Storage {
         Ok(())
     }
 
-    /// The device whose virtio serial is this. Names like vda follow the order of probing and mean
-    /// nothing. A disk that has just been attached may take a moment to show.
-    pub(crate) fn find_disk(&self, serial: &str) -> Result<String> {
-        if serial.is_empty() || serial.len() > MAX_SERIAL {
-            return Err(Error::Invalid(format!("disk serial {serial:?} is not 1 to 20 bytes")));
-        }
-        if let Some(device) = self.look_for_disk(serial)? {
-            return Ok(device);
-        }
-        let missing = || Error::NotFound(format!("no disk has the serial {serial}"));
-        let deadline = Instant::now() + self.patience;
-        // Listens first and looks then: what comes in between is not missed.
-        let events = Uevents::new().map_err(|_| missing())?;
-        // It may have been plugged in just now, of which nobody tells the kernel.
-        if let Some(rescan) = &self.rescan {
-            let _ = fs::write(rescan, "1");
-        }
-        loop {
-            if let Some(device) = self.look_for_disk(serial)? {
-                return Ok(device);
-            }
-            if !events.wait(deadline) {
-                return Err(missing());
-            }
-        }
-    }
-
-    /// Has the kernel look for functions that were plugged in.
-    pub(crate) fn rescan(&self) -> Result<()> {
-        let missing = || Error::NotFound("no PCI bus to look for devices on".into());
-        fs::write(self.rescan.as_ref().ok_or_else(missing)?, "1")
-            .context(|| "cannot rescan the PCI bus".into())
-    }
-
     /// Takes the PCI function away that carries the disk of this serial.
     pub(crate) fn eject(&self, serial: &str) -> Result<()> {
         if self.disks.iter().any(|disk| disk.serial == serial) {
             return Err(Error::Busy("the disk is mounted"));
         }
-        let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
-        let disk = disks.flatten().map(|disk| disk.path()).find(|disk| has_serial(disk, serial));
-        let disk = disk.ok_or_else(|| Error::NotFound(format!("no disk has the serial {serial}")))?;
-        bus::remove(&disk.join("device"), || format!("cannot remove the function of disk {serial}"))
+        self.found.eject(serial)
     }
 
     /// Where the disks are mounted that can be written.
     pub(crate) fn writable(&self) -> impl Iterator<Item = &str> {
         self.disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.directory.as_str())
-    }
-
-    fn look_for_disk(&self, serial: &str) -> Result<Option<String>> {
-        let is_it = |disk: &PathBuf| {
-            // An empty slot has no sectors yet.
-            let empty = fs::read(disk.join("size")).is_ok_and(|size| trim(&size) == b"0");
-            !empty && has_serial(disk, serial)
-        };
-        let disks = fs::read_dir(&self.sys_block).context(|| "cannot list block devices".into())?;
-        let found = disks.flatten().map(|disk| disk.path()).find(is_it);
-        Ok(found.and_then(|disk| Some(format!("/dev/{}", disk.file_name()?.to_str()?))))
     }
 
     /// A path below the base, from the base or from the root of the agent's name space.
@@ -327,22 +266,12 @@ impl Storage {
     }
 }
 
-fn has_serial(disk: &Path, serial: &str) -> bool {
-    fs::read(disk.join("serial")).is_ok_and(|it| trim(&it) == serial.as_bytes())
-}
-
 /// What is still in use vanishes from sight at once and goes when it is used no more.
 fn detach(target: &str) {
     if umount2(target, MntFlags::empty()).is_err() {
         let _ = umount2(target, MntFlags::MNT_DETACH);
     }
     let _ = fs::remove_dir(target);
-}
-
-/// The text of a sysfs file without its end.
-fn trim(bytes: &[u8]) -> &[u8] {
-    let end = bytes.iter().position(|&byte| byte == 0 || byte == b'\n').unwrap_or(bytes.len());
-    &bytes[..end]
 }
 
 fn disk_call(device: &str, target: &str, filesystem: DiskFilesystem, flags: MsFlags) -> Result<MountCall> {

@@ -36,21 +36,16 @@ struct Guest {
     storage: Storage,
     kernel: Notebook,
     base: String,
-    dir: TempDir,
+    _dir: TempDir,
 }
 
 /// A guest with these disks: name and serial.
 fn guest(disks: &[(&str, &str)]) -> Guest {
     let dir = tempfile::tempdir().unwrap();
-    let (base, sys_block) = (dir.path().join("mvm"), dir.path().join("block"));
-    fs::create_dir_all(&sys_block).unwrap();
-    for (name, serial) in disks {
-        fs::create_dir_all(sys_block.join(name)).unwrap();
-        fs::write(sys_block.join(name).join("serial"), serial).unwrap();
-    }
+    let base = dir.path().join("mvm");
     let text = base.to_str().unwrap().to_owned();
-    let storage = Storage { patience: Duration::ZERO, ..Storage::new(base, sys_block, None) };
-    Guest { storage, kernel: Notebook::default(), base: text, dir }
+    let storage = Storage::new(base, crate::disks::tests::disks(dir.path(), disks));
+    Guest { storage, kernel: Notebook::default(), base: text, _dir: dir }
 }
 
 impl Guest {
@@ -115,22 +110,6 @@ fn one_disk_cannot_be_a_layer_and_writable() {
     let mut guest = guest(&[("vda", "a")]);
     let error = guest.mount_root(&[erofs("a")], Writable::Disk { serial: "a".into() }).unwrap_err();
     assert_eq!(error.to_string(), "disk a is both a layer and writable");
-}
-
-#[test]
-fn a_missing_disk_is_named() {
-    let error = guest(&[("vda", "abc")]).mount_root(&[erofs("ab")], Writable::No).unwrap_err();
-    assert!(matches!(&error, Error::NotFound(text) if text == "no disk has the serial ab"), "{error}");
-}
-
-#[test]
-fn a_disk_without_sectors_is_a_slot_that_waits_for_one() {
-    let mut guest = guest(&[("vda", "a")]);
-    let size = guest.storage.sys_block.join("vda/size");
-    fs::write(&size, "0\n").unwrap();
-    assert!(matches!(guest.mount_root(&[erofs("a")], Writable::No), Err(Error::NotFound(_))));
-    fs::write(&size, "2048\n").unwrap();
-    assert!(guest.mount_root(&[erofs("a")], Writable::No).is_ok());
 }
 
 #[test]
@@ -202,33 +181,6 @@ fn what_one_root_alone_needs_goes_with_it_and_the_rest_stays() {
     guest.storage.release("c1");
     guest.storage.release("c2");
     assert!(guest.storage.mounted.is_empty() && guest.storage.disks.is_empty());
-}
-
-#[test]
-fn a_disk_that_is_missing_is_looked_for_once_more_after_a_rescan() {
-    let mut guest = guest(&[("vda", "a")]);
-    let rescan = guest.dir.path().join("rescan");
-    guest.storage.rescan = Some(rescan.clone());
-    guest.mount_root(&[erofs("a")], Writable::No).unwrap();
-    assert!(!rescan.exists(), "it is there");
-    assert!(guest.mount_root(&[erofs("b")], Writable::No).is_err());
-    assert_eq!(fs::read_to_string(&rescan).unwrap(), "1");
-}
-
-#[test]
-fn the_function_that_carries_a_disk_is_ejected() {
-    let guest = guest(&[("vda", "a"), ("vdb", "b")]);
-    let devices = guest.dir.path().join("devices");
-    for (disk, function) in [("vda", "0000:00:05.0"), ("vdb", "0000:00:06.0")] {
-        fs::create_dir_all(devices.join(function).join("virtio1")).unwrap();
-        fs::write(devices.join(function).join("remove"), "").unwrap();
-        let device = guest.storage.sys_block.join(disk).join("device");
-        std::os::unix::fs::symlink(devices.join(function).join("virtio1"), device).unwrap();
-    }
-    guest.storage.eject("b").unwrap();
-    let written = |function: &str| fs::read_to_string(devices.join(function).join("remove")).unwrap();
-    assert_eq!((written("0000:00:05.0"), written("0000:00:06.0")), (String::new(), "1".to_owned()));
-    assert!(matches!(guest.storage.eject("c"), Err(Error::NotFound(_))));
 }
 
 #[test]

@@ -40,6 +40,9 @@ const MAX_DATA: u32 = SEG_MAX * SIZE_MAX;
 /// Bytes of the serial number a driver can ask for.
 const ID_BYTES: usize = abi::VIRTIO_BLK_ID_BYTES as usize;
 
+/// Bytes of an image in the place of a disk that may come: Linux tells programs of more sectors, but not of the first.
+pub const NO_DISK: u64 = SECTOR;
+
 /// Who the device is.
 pub const KIND: Kind =
     Kind { id: 2, name: "block", class: [0x01, 0x80, 0], guest_config: "CONFIG_VIRTIO_BLK" };
@@ -316,7 +319,8 @@ impl<D: Disk> VirtioDevice for Block<D> {
     }
 
     fn wants_own_loop(&self) -> bool {
-        true
+        // A place without a disk answers at once.
+        self.capacity > NO_DISK
     }
 
     fn start(&mut self, features: u64, io: &mut Io<'_>) -> Result<(), Error> {

@@ -3,10 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 
 use mvm_devices::fd::FdSlot;
 use mvm_devices::virtio::net::MacAddress;
 use mvm_devices::virtio::{DeviceSpec, block, net};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::plan::Disk;
 use crate::failure::{Context, Failure};
@@ -24,6 +26,19 @@ pub(super) fn open_disk(disk: &Disk) -> Result<File, Failure> {
                 .help(format!("make it writable, or attach it read-only: --disk {},ro", disk.path.display())),
             _ => failure,
         })
+}
+
+/// What is opened of a disk that is not there.
+pub(super) fn no_disk() -> Result<File, Failure> {
+    let made = memfd_create(c"mvm-no-disk", MFdFlags::MFD_CLOEXEC).map(File::from);
+    let made = made.map_err(Into::into).and_then(|file| file.set_len(block::NO_DISK).map(|()| file));
+    made.context(|| "cannot make an empty file".to_owned())
+}
+
+/// A place for a disk, whose image with nothing in it is in `slot`.
+pub(super) fn empty_spec(read_only: bool, slot: FdSlot) -> DeviceSpec {
+    let disk = Disk { path: PathBuf::new(), read_only, serial: String::new(), throwaway: false };
+    disk_spec(&disk, slot)
 }
 
 /// A disk whose image is in `slot`.

@@ -15,7 +15,7 @@ pub use control::Control;
 #[cfg(test)]
 pub(crate) use control::tests::{answering, busy};
 pub use mvm_vmm::control::{Attached, DeviceName, Memory, Snapshot as Saved};
-pub use plan::{ConsoleKind, Disk, Kernel, Net, NotADisk, OpenTap, Origin, Plan, Snapshot, TapNet};
+pub use plan::{ConsoleKind, Disk, Kernel, Net, NotADisk, OpenTap, Origin, Plan, Slot, Snapshot, TapNet};
 #[cfg(test)]
 pub(crate) use running::tests::machine;
 pub use running::{Console, Machine};

@@ -28,6 +28,8 @@ pub struct Plan {
     pub origin: Origin,
     /// Disks, in the order the guest finds them.
     pub disks: Vec<Disk>,
+    /// Places for disks behind all that every machine of its kind has.
+    pub slots: Vec<Slot>,
     /// Network interfaces.
     pub nets: Vec<Net>,
     /// Network name space the machine's process lives in, and in which taps are opened by name; this process's
@@ -93,6 +95,7 @@ impl Plan {
             plugs_mib: None,
             origin,
             disks: Vec::new(),
+            slots: Vec::new(),
             nets: Vec::new(),
             netns: None,
             console: None,
@@ -136,6 +139,37 @@ pub struct Disk {
     pub throwaway: bool,
 }
 
+/// A place for a disk, on the bus whether there is a disk in it or not. A machine that goes on may have another disk in it
+/// than the one that was saved, or one where there was none: its driver is told of the new size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// The guest may not write to what is in it.
+    pub read_only: bool,
+    /// What is in it.
+    pub disk: Option<Disk>,
+}
+
+impl Slot {
+    /// One without a disk.
+    pub fn empty(read_only: bool) -> Self {
+        Self { read_only, disk: None }
+    }
+
+    /// Puts each of `disks` into the first of `slots` that is for such a disk and has none; those that find none.
+    pub fn fill(slots: &mut [Self], disks: &[Disk]) -> Vec<Disk> {
+        let mut others = Vec::new();
+        for disk in disks {
+            // What a flush is worth is agreed upon with a driver when it is started.
+            let fits = |slot: &&mut Self| slot.read_only == disk.read_only && slot.disk.is_none();
+            match slots.iter_mut().find(fits).filter(|_| !disk.throwaway) {
+                Some(slot) => slot.disk = Some(disk.clone()),
+                None => others.push(disk.clone()),
+            }
+        }
+        others
+    }
+}
+
 /// Text that names no disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a disk: PATH[,ro][,serial=NAME], the name of at most 20 letters, digits, - or _")]
@@ -177,6 +211,17 @@ mod tests {
             ("/a/b.img", true, "root")
         );
         assert!(!"x.img".parse::<Disk>().unwrap().read_only);
+    }
+
+    #[test]
+    fn disks_go_into_slots_of_their_kind_and_what_finds_none_is_left() {
+        let disk = |text: &str| text.parse::<Disk>().unwrap();
+        let throwaway = Disk { throwaway: true, ..disk("t") };
+        let disks = [throwaway.clone(), disk("a,ro"), disk("b,ro"), disk("c"), disk("d")];
+        let mut slots = [Slot::empty(false), Slot::empty(true), Slot::empty(true)];
+        let others = Slot::fill(&mut slots, &disks);
+        assert_eq!(others, [throwaway, disk("d")]);
+        assert_eq!(slots.map(|slot| slot.disk), [Some(disk("c")), Some(disk("a,ro")), Some(disk("b,ro"))]);
     }
 
     #[test]

@@ -15,9 +15,9 @@ use mvm_vmm::launch::{Files, Launch};
 
 use super::calls::{Calls, VSOCK_SOCKET};
 use super::control::Control;
-use super::device::{disk_spec, open_disk, tap_spec};
+use super::device::{disk_spec, empty_spec, no_disk, open_disk, tap_spec};
 use super::listen::listen;
-use super::plan::{ConsoleKind, Kernel, Origin, Plan, Snapshot};
+use super::plan::{ConsoleKind, Kernel, Origin, Plan, Slot, Snapshot};
 use super::running::{Console, Machine};
 use super::source::device;
 use crate::failure::{Context, Failure};
@@ -219,6 +219,12 @@ impl Opening {
             self.vsock(plan.sockets.as_deref())?;
         }
         self.devices.extend(plan.devices.iter().cloned());
+        for Slot { read_only, disk } in &plan.slots {
+            let image = self.add(|| disk.as_ref().map_or_else(no_disk, open_disk))?;
+            self.devices.push(
+                disk.as_ref().map_or_else(|| empty_spec(*read_only, image), |disk| disk_spec(disk, image)),
+            );
+        }
         Ok(())
     }
 

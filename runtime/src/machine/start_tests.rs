@@ -49,6 +49,11 @@ fn devices_come_in_the_order_that_they_are_or_were_plugged_in() {
     assert_eq!(kinds(&plan), ["disk", "card", "vsock", "other"]);
     let plugged = Plan { plugged: true, console: None, ..plan.clone() };
     assert_eq!(kinds(&plugged), ["vsock", "card", "disk"], "where they are plugged in");
+    let template =
+        Plan { slots: vec![Slot::empty(true)], disks: Vec::new(), nets: Vec::new(), ..plugged.clone() };
+    assert_eq!(kinds(&template), ["vsock", "disk"]);
+    let clone = Plan { slots: template.slots, ..plugged.clone() };
+    assert_eq!(kinds(&clone), ["vsock", "disk", "card", "disk"], "what was saved comes first");
     let grown = |plan: Plan| kinds(&Plan { plugs_mib: Some(256), ..plan });
     assert_eq!(grown(plugged), ["vsock", "card", "disk", "memory"]);
     assert_eq!(grown(plan), ["disk", "card", "vsock", "other", "memory"]);

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::machine::MachineSandbox;
+use super::machine::{Layout, MachineSandbox};
 use crate::agent::{AgentClient, Error};
 use crate::container::AGENT_TIME;
 use crate::failure::{Context, Failure};
-use crate::machine::{Disk, Machine, Origin, Plan};
+use crate::machine::{Disk, Machine, Plan};
 use crate::net::{Net, OpenTap, TapNet, mac_of, open_tap};
+use crate::snapshot::SavedSlot;
 use crate::state::Ledger;
 use crate::template::{self, Choice, Recipe, Source, Template, Ways as _};
 use crate::timeline::{CLOCK, Open, PLUG, Track};
@@ -34,8 +35,10 @@ pub(super) struct Wanted<'a> {
 pub(super) struct Begun {
     pub(super) machine: Machine,
     pub(super) agent: AgentClient,
-    /// Disks and cards come after all else.
-    pub(super) bare: bool,
+    /// How its bus is laid out.
+    pub(super) layout: Layout,
+    /// Disks that are still to be plugged in, and the cards.
+    missing: Option<Vec<Disk>>,
 }
 
 impl Wanted<'_> {
@@ -52,7 +55,7 @@ impl Wanted<'_> {
                 ways.boot()?
             }
         };
-        if begun.bare {
+        if let Some(disks) = begun.missing.take() {
             let _stage = self.sandbox.timeline.begin(Track::Host, PLUG);
             // The agent is asked for its clock meanwhile; it has nothing else to do until there is something to find.
             let cards = std::thread::scope(|scope| {
@@ -62,7 +65,7 @@ impl Wanted<'_> {
                     stage.detail(format!("±{:.3} ms", doubt.as_secs_f64() * 1e3));
                     Ok::<_, Error>(())
                 });
-                let cards = self.plug(&begun);
+                let cards = self.plug(&begun, &disks);
                 match clock.join() {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => {
@@ -92,23 +95,26 @@ impl Wanted<'_> {
     fn go_on(&self, template: &Template) -> Result<Begun, Failure> {
         let stage = self.sandbox.timeline.begin(Track::Host, "go on from template");
         stage.detail(template.manifest.key.short());
-        let plan = self.recipe.plan_from(self.sandbox.id.clone(), Origin::Saved(template.snapshot()));
+        let (plan, others) =
+            self.recipe.plan_clone(self.sandbox.id.clone(), template.snapshot(), &self.disks);
         let begun = self.run(plan, RESUME_TIME)?;
         if begun.agent.hello().connection == 0 {
             return Err(Failure::new("it did not go on but booted"));
         }
-        Ok(Begun { bare: true, ..begun })
+        Ok(Begun { layout: Layout { plugged: true, ..begun.layout }, missing: Some(others), ..begun })
     }
 
     fn run(&self, plan: Plan, patience: Duration) -> Result<Begun, Failure> {
         let pluggable_mib = self.sandbox.pluggable_mib();
         let plan = Plan { netns: self.sandbox.netns(), pluggable_mib, ..plan };
         let (machine, agent) = self.sandbox.run(&plan, self.ledger, patience)?;
-        Ok(Begun { machine, agent, bare: false })
+        let slots = plan.slots.iter().map(SavedSlot::of).collect();
+        let layout = Layout { plugged: false, slots, devices: plan.devices };
+        Ok(Begun { machine, agent, layout, missing: None })
     }
 
-    /// Plugs everything in; whether there are cards among it.
-    fn plug(&self, begun: &Begun) -> Result<bool, Failure> {
+    /// Plugs these disks and the cards in; whether there are cards.
+    fn plug(&self, begun: &Begun, disks: &[Disk]) -> Result<bool, Failure> {
         let control = begun.machine.control();
         let mut cards = false;
         for net in &self.nets {
@@ -119,7 +125,7 @@ impl Wanted<'_> {
             };
             cards = true;
         }
-        for disk in &self.disks {
+        for disk in disks {
             control.attach_disk(disk)?;
         }
         Ok(cards)

@@ -22,11 +22,11 @@ use super::updates::Updates;
 use super::wiring::Wiring;
 use super::{SandboxRequest, cgroup};
 use crate::agent::{AgentClient, fresh_identity};
-use crate::container::devices;
 use crate::failure::{Context, Failure};
 use crate::machine::{Disk, Machine, Plan, prepare};
 use crate::net::{Choice, NetRequest, Netns};
 use crate::rootfs::{UPPER_BYTES, Upper};
+use crate::snapshot::SavedSlot;
 use crate::spec::{Host, Settings, Size, size};
 use crate::state::{Home, Ledger, Resource, Turn, Turns, Wish};
 use crate::template::{Recipe, Source, Templates};
@@ -81,6 +81,8 @@ pub(super) struct MachineSandbox {
 pub(super) struct Layout {
     /// Disks and cards come after all else.
     pub(super) plugged: bool,
+    /// Its places for disks, with what was in them when it was started.
+    pub(super) slots: Vec<SavedSlot>,
     /// What there is besides disks, cards and the vsock.
     pub(super) devices: Vec<DeviceSpec>,
 }
@@ -181,8 +183,8 @@ impl MachineSandbox {
         let mut wiring = self.wire(&ledger)?;
         drop(stage);
         let wanted = Wanted { sandbox: self, ledger: &ledger, recipe, disks, nets: wiring.nets() };
-        let Begun { mut machine, agent, bare } = wanted.begin(&self.source)?;
-        self.set_layout(Layout { plugged: bare, devices: devices() });
+        let Begun { mut machine, agent, layout, .. } = wanted.begin(&self.source)?;
+        self.set_layout(layout);
         let place = Configure { hostname: Some(self.hostname()), ..wiring.configure(&self.hostname()) };
         let stage = self.timeline.begin(Track::Agent, "configure guest");
         let configured = agent.configure(place).context(|| "cannot configure the guest".to_owned());

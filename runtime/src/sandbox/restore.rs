@@ -16,7 +16,7 @@ use crate::failure::{Context, Failure};
 use crate::machine::{DeviceName, Machine, Origin, Plan};
 use crate::net::{Net, OpenTap};
 use crate::rootfs::Prepared;
-use crate::snapshot::Going;
+use crate::snapshot::{Going, SavedMachine};
 use crate::spec::{MountPart, translate};
 use crate::state::Ledger;
 
@@ -57,12 +57,14 @@ pub(super) fn restore(
         let why = format!("it was saved with {saved} network cards, and is to have {cards}");
         return Err(Failure::new(why).refused());
     }
+    let (slots, disks) = going.machine.lay(&going.disks);
     let plan = Plan {
         cpus: going.machine.cpus,
         memory: going.machine.memory_mib,
         pluggable_mib: sandbox.pluggable_mib(),
         plugs_mib: sandbox.plugs_mib,
-        disks: going.disks.clone(),
+        disks,
+        slots,
         nets: wiring.nets().into_iter().map(most_able).collect(),
         netns: sandbox.netns(),
         devices: going.machine.devices.clone(),
@@ -88,7 +90,8 @@ pub(super) fn restore(
     }
     wiring.follow(&sandbox.stages, false)?;
     sandbox.keep_wiring(wiring);
-    sandbox.set_layout(Layout { plugged: going.machine.plugged, devices: going.machine.devices.clone() });
+    let SavedMachine { plugged, slots, devices, .. } = going.machine.clone();
+    sandbox.set_layout(Layout { plugged, slots, devices });
     let resources = container.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     sandbox.members().insert(container.id.clone(), Member::going(going, translated, (rootfs, resources)));
     Ok(process)

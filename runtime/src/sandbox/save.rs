@@ -18,7 +18,7 @@ use crate::failure::{Context, Failure};
 use crate::hex::random;
 use crate::machine::{Disk, Saved};
 use crate::rootfs::copy_sparse;
-use crate::snapshot::{BaseMemory, SavedDisk, SavedMachine, disk_file, memory_file, state_file};
+use crate::snapshot::{BaseMemory, SavedDisk, SavedMachine, SavedSlot, disk_file, memory_file, state_file};
 
 /// Bytes of what a state says is in it: nobody has another snapshot that says the same.
 const CONTENTS: usize = 16;
@@ -153,6 +153,7 @@ pub(super) fn save(
         growth,
         contents,
         plugged: layout.plugged,
+        slots: slots_with(&layout.slots, &disks),
         devices: layout.devices.clone(),
         cards: cards.addresses(),
         disks,
@@ -165,6 +166,12 @@ pub(super) fn save(
         state_bytes,
         held_ms,
     })
+}
+
+/// The places for disks that are left: one goes with the disk that was in it.
+fn slots_with(slots: &[SavedSlot], disks: &[SavedDisk]) -> Vec<SavedSlot> {
+    let there = |serial: &String| disks.iter().any(|disk| disk.serial == *serial);
+    slots.iter().filter(|slot| slot.serial.as_ref().is_none_or(there)).cloned().collect()
 }
 
 /// What is to be saved, if all of it can be.
@@ -239,6 +246,14 @@ mod tests {
         assert_eq!(fs::read(&linked).unwrap(), b"image");
         let gone = keep(&disk(true), Some(&dir.path().join("none"))).unwrap_err().report();
         assert!(gone.contains("run the container anew"), "{gone}");
+    }
+
+    #[test]
+    fn a_place_is_gone_with_the_disk_that_was_in_it() {
+        let slot = |serial: Option<&str>| SavedSlot { read_only: true, serial: serial.map(str::to_owned) };
+        let disk = SavedDisk { serial: "b".into(), read_only: true, bytes: 1 };
+        let slots = [slot(Some("a")), slot(None), slot(Some("b"))];
+        assert_eq!(slots_with(&slots, &[disk]), slots[1..]);
     }
 
     #[test]

@@ -13,11 +13,12 @@ use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 use mvm_vmm::launch::find_program;
 use serde::{Deserialize, Serialize};
 
+use super::slots::{SavedSlot, are_possible, lay};
 use crate::agent::StdioSpec;
 use crate::catalog::Format;
 use crate::digest::{of_program, sha256};
 use crate::failure::{Context, Failure};
-use crate::machine::{Disk, Snapshot};
+use crate::machine::{Disk, Slot, Snapshot};
 use crate::owner::Job;
 use crate::template::processor;
 
@@ -113,6 +114,9 @@ pub struct SavedMachine {
     pub contents: String,
     /// Disks and cards had been plugged into it.
     pub plugged: bool,
+    /// Its places for disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slots: Vec<SavedSlot>,
     /// What it has besides disks, cards and the vsock.
     pub devices: Vec<DeviceSpec>,
     /// Hardware addresses of its cards, in order.
@@ -283,6 +287,9 @@ impl SavedMachine {
         if self.disks.iter().filter(|disk| !disk.read_only).count() > 1 {
             return wrong("several disks that are written");
         }
+        if self.slots.len() > MAX_DEVICES || !are_possible(&self.slots, &self.disks) {
+            return wrong("a place for a disk that it does not have");
+        }
         if self.disks.iter().any(|disk| disk.serial.len() > 20) {
             return wrong("a serial number that no disk has");
         }
@@ -292,6 +299,11 @@ impl SavedMachine {
             return wrong("a container of an impossible name");
         }
         Ok(())
+    }
+
+    /// Its places for disks with those of `disks` in them that were, and the others.
+    pub(crate) fn lay(&self, disks: &[Disk]) -> (Vec<Slot>, Vec<Disk>) {
+        lay(&self.slots, disks)
     }
 
     /// What the machine goes on from, once all of it is there: its disk of writes is at `writes` by then. A layer that

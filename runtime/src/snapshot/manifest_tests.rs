@@ -16,6 +16,7 @@ pub(crate) fn manifest(name: &str) -> Manifest {
         growth: None,
         contents: "0".repeat(32),
         plugged: false,
+        slots: Vec::new(),
         devices: vec![DeviceSpec::Balloon(Default::default())],
         cards: Vec::new(),
         disks: vec![
@@ -64,6 +65,9 @@ fn a_manifest_of_another_version_with_more_or_less_in_it_or_that_cannot_be_is_an
     let mut good = serde_json::to_value(manifest("before")).unwrap();
     good["run"]["machine"]["base"] = serde_json::Value::Null;
     good["run"]["machine"]["growth"] = serde_json::Value::Null;
+    let slot = |serial: &str| serde_json::json!({"read_only": true, "serial": serial});
+    good["run"]["machine"]["slots"] = vec![slot("a-1"), serde_json::json!({"read_only": false})].into();
+    read(&good).unwrap();
     let changed = |pointer: &str, value: serde_json::Value| {
         let mut bad = good.clone();
         *bad.pointer_mut(pointer).unwrap() = value;
@@ -80,6 +84,10 @@ fn a_manifest_of_another_version_with_more_or_less_in_it_or_that_cannot_be_is_an
         ("/run/machine/root", "x".repeat(MAX_ID + 1).into()),
         ("/run/machine/disks/0/read_only", false.into()),
         ("/run/machine/disks/0/serial", "x".repeat(21).into()),
+        ("/run/machine/slots", vec![slot("a-1"), slot("a-1")].into()),
+        ("/run/machine/slots/0/serial", "a-2".into()),
+        ("/run/machine/slots/0/serial", "a-3".into()),
+        ("/run/machine/slots", vec![serde_json::json!({"read_only": true}); 33].into()),
         ("/run/machine/cards", vec!["02:00:00:00:00:01"; 33].into()),
         ("/run/machine/cards", vec!["ff:00:00:00:00:01"].into()),
         ("/run/machine/devices/0", serde_json::json!({"type": "block", "disk": 4})),
@@ -104,6 +112,18 @@ fn a_manifest_of_another_version_with_more_or_less_in_it_or_that_cannot_be_is_an
         fs::write(dir.path().join("m"), text).unwrap();
         assert!(Manifest::read(&dir.path().join("m")).is_err(), "{text}");
     }
+}
+
+#[test]
+fn disks_lie_where_they_were() {
+    let mut machine = manifest("before").run.machine;
+    let disks = ["/a,ro,serial=a-1", "/b,serial=a-2"].map(|text| text.parse::<Disk>().unwrap());
+    assert_eq!(machine.lay(&disks), (vec![], disks.to_vec()));
+    let slot = |read_only, serial: &str| SavedSlot { read_only, serial: Some(serial.to_owned()) };
+    machine.slots = vec![SavedSlot { read_only: true, serial: None }, slot(false, "a-2")];
+    let (slots, others) = machine.lay(&disks);
+    assert_eq!(slots, [Slot::empty(true), Slot { read_only: false, disk: Some(disks[1].clone()) }]);
+    assert_eq!(others, disks[..1]);
 }
 
 #[test]

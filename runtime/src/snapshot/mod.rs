@@ -22,6 +22,7 @@ mod checkpoint;
 mod make;
 mod manifest;
 mod packed;
+mod slots;
 mod store;
 
 #[cfg(test)]
@@ -32,4 +33,5 @@ pub use manifest::{
     Base, BaseMemory, Going, Manifest, Of, SavedDisk, SavedGrowth, SavedMachine, SavedRun, VERSION,
 };
 pub(crate) use manifest::{disk_file, memory_file, state_file};
+pub use slots::SavedSlot;
 pub use store::{Entry, Memory, Snapshots};

@@ -14,7 +14,7 @@ use crate::agent::fresh_identity;
 use crate::catalog::{create, write_back};
 use crate::container::{AGENT_TIME, CMDLINE};
 use crate::failure::{Context, Failure};
-use crate::machine::{Origin, Saved, WORKING_SET, prepare};
+use crate::machine::{Saved, WORKING_SET, prepare};
 use crate::state::now;
 
 /// Most bytes of the host that templates take once another one was made.
@@ -138,7 +138,7 @@ fn save(
         return Err(Failure::new(mvm_vmm::kvm::probe::PVM).help("make lab CMD='mvm template create …'"));
     }
     progress(Phase::Booting);
-    let plan = recipe.plan(machine_id(key)?);
+    let plan = recipe.plan_template(machine_id(key)?);
     let mut machine = prepare(&plan)?.start(None)?;
     let agent = machine.agent(fresh_identity(HOSTNAME.to_owned())?, AGENT_TIME)?;
     agent.prepare().context(|| "cannot have the agent get ready".to_owned())?;
@@ -172,8 +172,8 @@ fn save(
 
 /// Records which memory a machine needs that goes on from what was saved in `directory`, until it has answered.
 fn record(recipe: &Recipe, key: &Key, directory: &Path) -> Result<(), Failure> {
-    let origin = Origin::Saved(saved_in(directory, key));
-    let mut machine = prepare(&recipe.plan_from(machine_id(key)?, origin))?.start(None)?;
+    let (plan, _) = recipe.plan_clone(machine_id(key)?, saved_in(directory, key), &[]);
+    let mut machine = prepare(&plan)?.start(None)?;
     let agent = machine.agent(fresh_identity(HOSTNAME.to_owned())?, AGENT_TIME)?;
     agent.correct_clock().context(|| "cannot ask the guest for its clock".to_owned())?;
     machine.control().record_working_set(machine.pid(), &directory.join(WORKING_SET))?;

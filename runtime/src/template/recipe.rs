@@ -14,7 +14,7 @@ use crate::container::{CMDLINE, devices};
 use crate::failure::{Context, Failure};
 use crate::guest::GuestFiles;
 use crate::hex::hex;
-use crate::machine::{Kernel, Origin, Plan};
+use crate::machine::{Disk, Kernel, Origin, Plan, Slot, Snapshot};
 
 /// Digits of a key that are shown to people.
 const SHORT: usize = 12;
@@ -70,6 +70,12 @@ pub struct Recipe {
     initrd: std::path::PathBuf,
 }
 
+/// The places for disks in a template, without any: one for an image, one for what is written. Looking for what was plugged
+/// in takes a guest three times as long as all else that its container needs.
+fn slots() -> Vec<Slot> {
+    vec![Slot::empty(true), Slot::empty(false)]
+}
+
 /// The parts of a key.
 #[derive(Clone, Debug)]
 pub(super) struct Parts {
@@ -91,7 +97,12 @@ impl Recipe {
         Ok(Self { cpus, memory, guest, initrd })
     }
 
-    /// The machine itself: an agent can be reached and nothing else is there.
+    /// The machine that a template is saved of: nothing is in it but an agent that can be reached.
+    pub fn plan_template(&self, id: MachineId) -> Plan {
+        Plan { slots: slots(), ..self.plan(id) }
+    }
+
+    /// The machine itself, with no place for a disk: an agent can be reached and nothing else is there.
     pub fn plan(&self, id: MachineId) -> Plan {
         let kernel = Kernel {
             image: self.guest.kernel.clone(),
@@ -101,8 +112,15 @@ impl Recipe {
         self.plan_from(id, Origin::Kernel(kernel))
     }
 
-    /// The same machine from what was saved of another.
-    pub fn plan_from(&self, id: MachineId, origin: Origin) -> Plan {
+    /// A machine that goes on from its template with `disks`, and those of them that found no place: they are to be
+    /// plugged in.
+    pub fn plan_clone(&self, id: MachineId, template: Snapshot, disks: &[Disk]) -> (Plan, Vec<Disk>) {
+        let mut slots = slots();
+        let others = Slot::fill(&mut slots, disks);
+        (Plan { slots, ..self.plan_from(id, Origin::Saved(template)) }, others)
+    }
+
+    fn plan_from(&self, id: MachineId, origin: Origin) -> Plan {
         Plan { cpus: self.cpus, memory: self.memory, devices: devices(), ..Plan::new(id, origin) }
     }
 
@@ -128,7 +146,7 @@ impl Recipe {
         let mut digest = Sha256::new();
         let (cpus, memory) = (self.cpus.get().to_string(), self.memory.mib().to_string());
         let version = VERSION.to_string();
-        let devices = format!("{:?}", devices());
+        let devices = format!("{:?}{:?}", devices(), slots());
         let Parts { kernel, agent, vmm, processor } = parts;
         for part in [
             &version,
@@ -207,6 +225,32 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let plan = Recipe::of_files_in(dir.path()).0.plan("m".parse().unwrap());
         assert!(plan.disks.is_empty() && plan.nets.is_empty() && plan.devices == devices() && plan.vsock);
+        assert!(plan.slots.is_empty(), "one that boots has its disks from the beginning");
+    }
+
+    #[test]
+    fn a_clone_has_the_places_of_its_template_with_disks_in_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let recipe = Recipe::of_files_in(dir.path()).0;
+        let template = recipe.plan_template("m".parse().unwrap());
+        assert!(template.slots.iter().all(|slot| slot.disk.is_none()));
+        let disks = ["a,ro", "b,ro", "c"].map(|text| text.parse::<Disk>().unwrap());
+        let saved = Snapshot {
+            state: "s".into(),
+            memory: "m".into(),
+            source: None,
+            base: None,
+            working_set: None,
+            contents: "k".into(),
+        };
+        let (clone, others) = recipe.plan_clone("c".parse().unwrap(), saved, &disks);
+        let kinds = |plan: &Plan| plan.slots.iter().map(|slot| slot.read_only).collect::<Vec<_>>();
+        assert_eq!(kinds(&clone), kinds(&template));
+        assert_eq!(
+            clone.slots.iter().filter_map(|slot| slot.disk.as_ref()).collect::<Vec<_>>(),
+            [&disks[0], &disks[2]]
+        );
+        assert_eq!(others, disks[1..2]);
     }
 
     #[test]

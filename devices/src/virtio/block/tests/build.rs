@@ -78,7 +78,7 @@ fn values_out_of_bounds_are_refused() {
 
 #[test]
 fn several_queues_are_offered_only_when_asked_for() {
-    let file = image(1);
+    let file = image(2);
     let one = build(&config(), &file);
     assert_eq!((one.queues().len(), one.features() & 1 << 12), (1, 0));
     let four = build(&Config { queues: 4, ..config() }, &file);
@@ -87,6 +87,7 @@ fn several_queues_are_offered_only_when_asked_for() {
     four.config().unwrap().read(34, &mut queues);
     assert_eq!(u16::from_le_bytes(queues), 4);
     assert!(one.wants_own_loop());
+    assert!(!build(&config(), &image(NO_DISK / 512)).wants_own_loop(), "a place without a disk");
 }
 
 #[test]

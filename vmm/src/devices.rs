@@ -107,7 +107,7 @@ mod tests {
         let (device, inside, go) = stuck();
         let number = fixture.add(device, &own);
         fixture.start_driver(3);
-        fixture.kick_last();
+        fixture.kick(3);
         inside.recv_timeout(PATIENCE).unwrap();
 
         let mut device = fixture.bus.remove_virtio(number, true).unwrap();

@@ -91,6 +91,7 @@ impl Machine {
                 let (state, ram) = read(config, restore, (slots, userfault), status)?;
                 let mut machine = Self::assemble(config, slots, status, (kvm, ram, Some(&state)), stages)?;
                 machine.add_vcpus(restored_vcpus(&machine.vm, &state)?);
+                machine.vm.add_config_space(machine.bus.pci.ecam())?;
                 stages.vcpus_ns = now();
                 Ok(machine)
             }
@@ -167,10 +168,13 @@ impl Machine {
         self.vcpus.drain(..).rev().map(Vcpu::start).collect()
     }
 
-    /// What can wait until the guest runs.
-    pub(crate) fn complete(&self) -> Result<()> {
+    /// What can wait until the guest runs, which started like this.
+    pub(crate) fn complete(&self, start: &Start) -> Result<()> {
         self.bus.pci.resume()?;
-        self.vm.add_config_space(self.bus.pci.ecam())
+        match start {
+            Start::Boot(_) => self.vm.add_config_space(self.bus.pci.ecam()),
+            Start::Restore(_) => Ok(()),
+        }
     }
 
     /// What saving one of its CPUs takes.

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 use mvm_devices::io_loop::IoLoop;
 use mvm_devices::pci::host_bridge::HostBridge;
-use mvm_devices::pci::{Bar, CONFIG_SPACE_SIZE, ConfigChange, Doorbell, PciFunction};
+use mvm_devices::pci::{Bar, CONFIG_SPACE_SIZE, ConfigChange, PciFunction};
 use mvm_devices::transport::VirtioPci;
 
-use crate::doorbell::Doorbells;
+use crate::doorbell::{Bells, Doorbells};
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -86,9 +86,7 @@ impl Function {
 /// A function on the bus.
 struct Slot {
     function: Function,
-    doorbells: Vec<Doorbell>,
-    /// Doorbells KVM watches now: (address, index in `doorbells`).
-    watched: Vec<(u64, usize)>,
+    bells: Bells,
 }
 
 /// Which places are taken: slots on the bus, and addresses in the window.
@@ -144,13 +142,11 @@ impl PciBus {
             Some(Function::Virtio(_)) => return Err(Stays::InUse),
             Some(Function::Bridge(_)) | None => return Err(Stays::Absent),
         }
-        let Some(Slot { function: Function::Virtio(virtio), doorbells, watched }) = place.take() else {
+        let Some(Slot { function: Function::Virtio(virtio), bells }) = place.take() else {
             return Err(Stays::Absent);
         };
         self.ecam.show(device, 0, &[0xff; CONFIG_SPACE_SIZE]);
-        for entry in watched {
-            self.unwatch(entry, &doorbells);
-        }
+        bells.forget(&*self.doorbells);
         self.map.write().unwrap_or_else(PoisonError::into_inner).forget(device);
         Ok(virtio)
     }
@@ -178,11 +174,11 @@ impl PciBus {
         for bar in bars {
             function.get().assign_bar(bar.index, bar.address);
         }
-        let doorbells = function.get().doorbells();
+        let bells = Bells::new(function.get().doorbells());
         if let Some(place) = self.slots.get(device) {
             let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
             self.ecam.show(device, 0, function.get().config());
-            *place = Some(Slot { function, doorbells, watched: Vec::new() });
+            *place = Some(Slot { function, bells });
         }
         Ok(device)
     }
@@ -203,7 +199,10 @@ impl PciBus {
             return self.write_config(offset, data);
         }
         let Some((decoded, offset)) = self.find(address, data.len()) else { return false };
-        self.with_slot(decoded.device, |slot| slot.function.get().write_bar(decoded.bar.index, offset, data))
+        self.with_slot(decoded.device, |slot| {
+            slot.function.get().write_bar(decoded.bar.index, offset, data);
+            slot.bells.written(decoded.bar.index, offset, address, &*self.doorbells);
+        })
     }
 
     /// A write of configuration space.
@@ -233,41 +232,7 @@ impl PciBus {
             map.decoded.retain(|decoded| decoded.device != device);
             map.decoded.extend(bars.iter().map(|&bar| Decoded { device, bar }));
         }
-        let wanted: Vec<_> = slot
-            .doorbells
-            .iter()
-            .enumerate()
-            .filter_map(|(index, doorbell)| {
-                let bar = bars.iter().find(|bar| bar.index == doorbell.bar)?;
-                Some((bar.address.checked_add(doorbell.offset)?, index))
-            })
-            .collect();
-        for entry in slot.watched.iter().filter(|entry| !wanted.contains(entry)) {
-            self.unwatch(*entry, &slot.doorbells);
-        }
-        slot.watched = wanted
-            .into_iter()
-            .filter(|entry| slot.watched.contains(entry) || self.watch(*entry, &slot.doorbells))
-            .collect();
-    }
-
-    /// Lets KVM signal a doorbell. If it cannot, writes reach the function by an exit instead.
-    fn watch(&self, (address, index): (u64, usize), doorbells: &[Doorbell]) -> bool {
-        let Some(doorbell) = doorbells.get(index) else { return false };
-        match self.doorbells.watch(address, &doorbell.event) {
-            Ok(()) => true,
-            Err(error) => {
-                log::warn!("the doorbell at {address:#x} costs an exit: {error}");
-                false
-            }
-        }
-    }
-
-    fn unwatch(&self, (address, index): (u64, usize), doorbells: &[Doorbell]) {
-        let Some(doorbell) = doorbells.get(index) else { return };
-        if let Err(error) = self.doorbells.unwatch(address, &doorbell.event) {
-            log::warn!("the doorbell at {address:#x} cannot be moved: {error}");
-        }
+        slot.bells.moved(&bars, &*self.doorbells);
     }
 
     /// The BAR that holds all `length` bytes at `address`, and the offset in it.

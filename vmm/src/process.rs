@@ -75,7 +75,7 @@ fn run_machine(
     let mut machine = Machine::build(config, (slots, userfault), status, &mut stages)?;
     let vcpus = machine.start()?;
     status.send(&Event::Started { stages });
-    machine.complete()?;
+    machine.complete(&config.start)?;
     if let Some(source) = &machine.source {
         source.serving();
     }

@@ -124,8 +124,9 @@ impl Vm {
 
     /// Lets the guest read PCI configuration space without exits.
     ///
-    /// To be called when the guest runs: until then its reads exit and are answered by the bus, and the grace
-    /// period that a further slot may wait for delays nobody.
+    /// Until then its reads exit and are answered by the bus. A further slot waits for a grace period. Where a guest
+    /// boots it delays nobody once the guest runs; one that goes on may be preempted in the middle of a fault, and
+    /// there are many: on a host with a single CPU the wait then takes all of the time up to its next tick.
     pub(crate) fn add_config_space(&self, ecam: &Ecam) -> Result<()> {
         let slot = config_space_slot(&self.memory);
         self.set_slot(kvm_userspace_memory_region {

@@ -4,7 +4,7 @@ use mvm_devices::bounded;
 use mvm_devices::transport::{State, TransportError};
 use serde::{Deserialize, Serialize};
 
-use super::{Bar, Decoded, Function, Map, PciBus, Plugged, PoisonError, Slot, layout};
+use super::{Bar, Bells, Decoded, Function, Map, PciBus, Plugged, PoisonError, Slot, layout};
 use crate::error::{Error, Result};
 use crate::snapshot::Error as Saved;
 use mvm_devices::pci::PciFunction;
@@ -70,24 +70,20 @@ impl PciBus {
             let bars = virtio.function.bars();
             map.decoded.extend(bars.into_iter().map(|bar| Decoded { device: place, bar }));
         }
-        let doorbells = virtio.function.doorbells();
+        let bells = Bells::new(virtio.function.doorbells());
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         self.ecam.show(place, 0, virtio.function.config());
-        *slot = Some(Slot { function: Function::Virtio(Box::new(virtio)), doorbells, watched: Vec::new() });
+        *slot = Some(Slot { function: Function::Virtio(Box::new(virtio)), bells });
         Ok(())
     }
 
-    /// Lets every function go on that was put back, and KVM ring their doorbells.
-    ///
-    /// Guests may run already: until then their kicks wait, and cost them an exit.
+    /// Lets every function go on that was put back. Guests may run already: until then their kicks wait.
     pub(crate) fn resume(&self) -> Result<()> {
-        for (device, place) in self.slots.iter().enumerate() {
+        for place in &self.slots {
             let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(slot) = place.as_mut() else { continue };
-            if let Function::Virtio(virtio) = &mut slot.function {
+            if let Some(Slot { function: Function::Virtio(virtio), .. }) = place.as_mut() {
                 virtio.function.resume().map_err(|source| Error::Device(Box::new(source)))?;
             }
-            self.decode_again(device, slot);
         }
         Ok(())
     }

@@ -206,6 +206,7 @@ fn a_device_that_comes_or_goes_after_a_restore_leaves_the_others_where_they_are(
     let third = machine.build("block");
     assert_eq!(machine.fixture.bus.add_virtio(third).unwrap(), 3);
     machine.fixture.enable(3);
+    machine.fixture.kick_often(3);
     assert_eq!(machine.fixture.watched().len(), before.len() + 1, "its doorbell is no other's");
     assert!(machine.fixture.bus.remove_virtio(1, true).is_ok());
     assert_eq!(machine.interrupts(2)[1], BTreeMap::from([(0, 1)]));

@@ -34,7 +34,7 @@ fn one_device_that_does_not_come_back_lets_all_go_on() {
     for device in [1, 2, 3] {
         fixture.start_driver(device);
     }
-    fixture.kick_last();
+    fixture.kick(3);
     inside.recv_timeout(PATIENCE).unwrap();
 
     let bus = Arc::new(fixture.bus);

@@ -10,8 +10,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 /// Every track, with the numbers and names of the process and the thread that stand for it.
-const TRACKS: [(Track, Row); 4] = [
+const TRACKS: [(Track, Row); 5] = [
     (Track::Host, Row { pid: 1, process: "mvm", tid: 1, thread: "mvm run" }),
+    (Track::Beside, Row { pid: 1, process: "mvm", tid: 2, thread: "beside it" }),
     (Track::Machine, Row { pid: 2, process: "mvm-vmm", tid: 1, thread: "the machine's process" }),
     (Track::Guest, Row { pid: 3, process: "guest", tid: 1, thread: "by the guest's clock" }),
     (Track::Agent, Row { pid: 3, process: "guest", tid: 2, thread: "agent, as the host sees it" }),

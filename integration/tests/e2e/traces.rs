@@ -162,7 +162,7 @@ fn assert_host(trace: &Trace, between: &[&str]) {
         "clean up",
         "keep record",
     ];
-    let disks = ["make disks", "find kernel and agent", "set network up", "choose template"];
+    let disks = ["make disks", "find kernel and agent", "choose template"];
     let started = ["open its files", "spawn mvm-vmm", "wait for the agent's call", "greet agent"];
     let names = [&before[..], &disks, &between[..1], &started, &between[1..], &after].concat();
     trace.assert_order("mvm", &names);

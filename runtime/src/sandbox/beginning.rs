@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::machine::{Layout, MachineSandbox};
+use super::wiring::{Laid, Wiring};
 use crate::agent::{AgentClient, Error};
 use crate::container::AGENT_TIME;
 use crate::failure::{Context, Failure};
@@ -20,14 +21,15 @@ use crate::timeline::{CLOCK, Open, PLUG, Track};
 const RESUME_TIME: Duration = Duration::from_secs(15);
 
 /// A machine that is wanted.
-pub(super) struct Wanted<'a> {
+struct Wanted<'a> {
     /// Whose it is.
-    pub(super) sandbox: &'a MachineSandbox,
+    sandbox: &'a MachineSandbox,
     /// Where its process is noted.
-    pub(super) ledger: &'a Ledger,
-    pub(super) recipe: Recipe,
-    pub(super) disks: Vec<Disk>,
-    pub(super) nets: Vec<Net>,
+    ledger: &'a Ledger,
+    recipe: Recipe,
+    disks: Vec<Disk>,
+    /// Its network, which may still be in the making: a machine that goes on needs it last.
+    wiring: Laid<'a>,
 }
 
 /// A machine whose agent has called and was greeted.
@@ -41,9 +43,26 @@ pub(super) struct Begun {
     missing: Option<Vec<Disk>>,
 }
 
+/// The machine of a sandbox, with these disks, and its network, which is made meanwhile.
+pub(super) fn begin(
+    sandbox: &MachineSandbox,
+    ledger: &Ledger,
+    recipe: Recipe,
+    disks: Vec<Disk>,
+) -> Result<(Begun, Wiring), Failure> {
+    std::thread::scope(|scope| {
+        let wiring = Laid::by(scope.spawn(|| {
+            let _stage = sandbox.timeline.begin(Track::Beside, "set network up");
+            sandbox.wire(ledger)
+        }));
+        let wanted = Wanted { sandbox, ledger, recipe, disks, wiring };
+        let begun = wanted.begin(&sandbox.source)?;
+        Ok((begun, wanted.wiring.wait()?))
+    })
+}
+
 impl Wanted<'_> {
-    /// The machine, with its disks and cards.
-    pub(super) fn begin(&self, source: &Source) -> Result<Begun, Failure> {
+    fn begin(&self, source: &Source) -> Result<Begun, Failure> {
         let choosing = self.sandbox.timeline.begin(Track::Host, "choose template");
         let mut ways = Ways { wanted: self, source, choosing: Some(choosing) };
         let mut begun = match (source.choice, self.recipe.key()) {
@@ -87,8 +106,8 @@ impl Wanted<'_> {
     }
 
     fn boot(&self) -> Result<Begun, Failure> {
+        let (disks, nets) = (self.disks.clone(), self.wiring.nets()?);
         let _stage = self.sandbox.timeline.begin(Track::Host, "boot machine");
-        let (disks, nets) = (self.disks.clone(), self.nets.clone());
         self.run(Plan { disks, nets, ..self.recipe.plan(self.sandbox.id.clone()) }, AGENT_TIME)
     }
 
@@ -117,8 +136,8 @@ impl Wanted<'_> {
     fn plug(&self, begun: &Begun, disks: &[Disk]) -> Result<bool, Failure> {
         let control = begun.machine.control();
         let mut cards = false;
-        for net in &self.nets {
-            match net {
+        for net in self.wiring.nets()? {
+            match &net {
                 Net::None => continue,
                 Net::Open(tap) => control.attach_net(tap)?,
                 Net::Tap(tap) => control.attach_net(&self.open(tap)?)?,
@@ -143,14 +162,14 @@ impl Wanted<'_> {
 }
 
 /// The ways to a machine that is wanted.
-struct Ways<'a> {
-    wanted: &'a Wanted<'a>,
+struct Ways<'a, 'scope> {
+    wanted: &'a Wanted<'scope>,
     source: &'a Source,
     /// Ends with the choice.
     choosing: Option<Open>,
 }
 
-impl Ways<'_> {
+impl Ways<'_, '_> {
     fn chosen(&mut self, what: &str) {
         if let Some(stage) = self.choosing.take() {
             stage.detail(format!("{}: {what}", self.source.choice));
@@ -158,7 +177,7 @@ impl Ways<'_> {
     }
 }
 
-impl template::Ways for Ways<'_> {
+impl template::Ways for Ways<'_, '_> {
     type Machine = Begun;
 
     fn boot(&mut self) -> Result<Begun, Failure> {

@@ -12,7 +12,7 @@ use mvm_protocol::Configure;
 use mvm_vmm::config::MachineId;
 use oci_spec::runtime::Spec;
 
-use super::beginning::{Begun, Wanted};
+use super::beginning::{Begun, begin};
 use super::growth::Growth;
 use super::launcher::MachineLauncher;
 use super::member::Member;
@@ -56,7 +56,7 @@ pub(super) struct MachineSandbox {
     /// Its cards, while it runs.
     wiring: Mutex<Option<Wiring>>,
     /// Where its machine comes from.
-    source: Source,
+    pub(super) source: Source,
     pod: bool,
     /// Whether it is still wanted.
     wish: Wish,
@@ -179,11 +179,8 @@ impl MachineSandbox {
         let recipe = Recipe::new(&self.state, self.size.cpus, self.size.memory)?;
         drop(stage);
         let ledger = Ledger::of(&self.directory)?;
-        let stage = self.timeline.begin(Track::Host, "set network up");
-        let mut wiring = self.wire(&ledger)?;
-        drop(stage);
-        let wanted = Wanted { sandbox: self, ledger: &ledger, recipe, disks, nets: wiring.nets() };
-        let Begun { mut machine, agent, layout, .. } = wanted.begin(&self.source)?;
+        let (begun, mut wiring) = begin(self, &ledger, recipe, disks)?;
+        let Begun { mut machine, agent, layout, .. } = begun;
         self.set_layout(layout);
         let place = Configure { hostname: Some(self.hostname()), ..wiring.configure(&self.hostname()) };
         let stage = self.timeline.begin(Track::Agent, "configure guest");

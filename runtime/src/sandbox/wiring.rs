@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ScopedJoinHandle;
 
 use mvm_devices::virtio::net::MacAddress;
 use mvm_protocol::Configure;
@@ -72,6 +73,55 @@ impl Wiring {
         match self {
             Self::Followed(followed) => followed.follow(stages, forward),
             Self::Made(_) => Ok(()),
+        }
+    }
+}
+
+/// A network that another thread makes.
+#[derive(Debug)]
+pub(super) struct Laid<'scope>(Mutex<Laying<'scope>>);
+
+#[derive(Debug)]
+enum Laying<'scope> {
+    Goes(ScopedJoinHandle<'scope, Result<Wiring, Failure>>),
+    Done(Box<Wiring>),
+    /// Somebody was told why.
+    Failed,
+}
+
+impl<'scope> Laid<'scope> {
+    /// It is made by this thread.
+    pub(super) fn by(thread: ScopedJoinHandle<'scope, Result<Wiring, Failure>>) -> Self {
+        Self(Mutex::new(Laying::Goes(thread)))
+    }
+
+    /// The cards of the machine, once it is made.
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub(super) fn nets(&self) -> Result<Vec<Net>, Failure> {
+        let mut laying = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let wiring = std::mem::replace(&mut *laying, Laying::Failed).wait()?;
+        let nets = wiring.nets();
+        *laying = Laying::Done(Box::new(wiring));
+        Ok(nets)
+    }
+
+    /// The network itself, once it is made.
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub(super) fn wait(self) -> Result<Wiring, Failure> {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner).wait()
+    }
+}
+
+impl Laying<'_> {
+    fn wait(self) -> Result<Wiring, Failure> {
+        match self {
+            Self::Goes(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Self::Done(wiring) => Ok(*wiring),
+            Self::Failed => Err(Failure::new("its network could not be made")),
         }
     }
 }
@@ -218,4 +268,29 @@ fn plug(control: &Control, twin: Twin) -> Result<Twin, Failure> {
         control.attach_net(&tap)?;
     }
     Ok(twin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::{Choice, TapNet};
+
+    #[test]
+    fn what_another_thread_makes_is_waited_for_and_fails_with_its_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
+        let tap = TapNet { name: "t0".into(), mac: None, address: None, gateway: None };
+        let request = NetRequest { choice: Choice::Tap(tap), ..NetRequest::default() };
+        std::thread::scope(|scope| {
+            let laid = Laid::by(scope.spawn(|| Wiring::make(&request, "m", &ledger)));
+            let nets = laid.nets().unwrap();
+            assert!(matches!(&nets[..], [Net::Tap(tap)] if tap.name == "t0"), "{nets:?}");
+            assert_eq!(laid.nets().unwrap().len(), 1);
+            assert_eq!(laid.wait().unwrap().nets().len(), 1);
+
+            let laid = Laid::by(scope.spawn(|| Err(Failure::new("no bridge"))));
+            assert!(laid.nets().unwrap_err().report().contains("no bridge"));
+            assert!(laid.wait().is_err());
+        });
+    }
 }

@@ -118,13 +118,16 @@ impl Ledger {
         Ok(text.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
     }
 
-    /// Undoes what `wanted` holds for, the last first. What is not there is undone.
+    /// Undoes what `wanted` holds for: processes first, which use the rest, and the last first. What is not there is undone.
     ///
     /// # Errors
     /// The first that could not be undone; the rest has been tried all the same.
     pub fn undo(&self, wanted: impl Fn(&Resource) -> bool) -> Result<(), Failure> {
         let mut first = Ok(());
-        for resource in self.entries()?.iter().rev().filter(|resource| wanted(resource)) {
+        let mut entries = self.entries()?;
+        entries.reverse();
+        entries.sort_by_key(|resource| !matches!(resource, Resource::Process(_)));
+        for resource in entries.iter().filter(|resource| wanted(resource)) {
             let undone = resource.undo();
             if first.is_ok() {
                 first = undone;
@@ -133,7 +136,7 @@ impl Ledger {
         first
     }
 
-    /// Undoes everything, the last first, and forgets it. What is not there is undone.
+    /// Undoes everything, as [`Ledger::undo`] does, and forgets it. What is not there is undone.
     ///
     /// # Errors
     /// The first that could not be undone; the rest has been tried all the same.
@@ -205,6 +208,30 @@ mod tests {
         Ledger::of(&inner).unwrap().note(&Resource::File { path: elsewhere.clone() }).unwrap();
         Resource::Directory { path: inner.clone() }.undo().unwrap();
         assert!(!inner.exists() && !elsewhere.exists());
+    }
+
+    #[test]
+    fn processes_end_before_what_they_use_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("used");
+        fs::write(&file, "").unwrap();
+        // It ends as soon as the file is gone: by itself, if it was not killed before.
+        let wait = format!("while [ -e {} ]; do :; done; echo gone", file.display());
+        let mut shell = std::process::Command::new("/bin/sh");
+        let mut child = shell.args(["-c", &wait]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let id = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
+        let ledger = Ledger::of(dir.path()).unwrap();
+        ledger.note(&Resource::Process(id)).unwrap();
+        ledger.note(&Resource::File { path: file.clone() }).unwrap();
+        let reaper = std::thread::spawn(move || {
+            let mut said = String::new();
+            std::io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut said).unwrap();
+            (child.wait().unwrap(), said)
+        });
+        ledger.settle().unwrap();
+        assert!(!file.exists());
+        let (status, said) = reaper.join().unwrap();
+        assert!(!status.success() && said.is_empty(), "{status} {said}");
     }
 
     #[test]

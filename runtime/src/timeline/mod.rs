@@ -36,6 +36,8 @@ pub const START: &str = "start process";
 pub enum Track {
     /// The process that starts the container.
     Host,
+    /// The same process, beside that.
+    Beside,
     /// The machine's process, by its own account.
     Machine,
     /// The guest, by its own clock, put onto the host's.

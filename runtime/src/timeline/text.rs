@@ -38,6 +38,7 @@ impl fmt::Display for Timeline {
 fn whose(track: Track) -> &'static str {
     match track {
         Track::Host => "",
+        Track::Beside => "meanwhile: ",
         Track::Machine => "mvm-vmm: ",
         Track::Guest => "guest: ",
         Track::Agent => "agent: ",

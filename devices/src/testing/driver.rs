@@ -39,13 +39,21 @@ pub struct Driver {
     used: u16,
     next_descriptor: u16,
     next_buffer: u64,
+    piece: u32,
 }
 
 impl Driver {
     /// A queue of `size` entries; queue `index` has its own 128 KiB for rings and 1 MiB for buffers.
     pub fn new(index: u16, size: u16, memory: Arc<Memory>, event_idx: bool) -> Self {
         let next_buffer = Self::buffers(index);
-        Self { index, size, memory, event_idx, available: 0, used: 0, next_descriptor: 0, next_buffer }
+        let (available, used, next_descriptor, piece) = (0, 0, 0, u32::MAX);
+        Self { index, size, memory, event_idx, available, used, next_descriptor, next_buffer, piece }
+    }
+
+    /// The same driver, which from now on cuts its buffers: none is longer than `piece` bytes.
+    #[must_use]
+    pub fn in_pieces_of(self, piece: u32) -> Self {
+        Self { piece, ..self }
     }
 
     /// Lets both rings begin at `position`, as if so many chains had gone through already.
@@ -108,6 +116,8 @@ impl Driver {
     /// Posts a chain: `readable` buffers with their bytes, then `writable` buffers of these sizes.
     pub fn post(&mut self, readable: &[&[u8]], writable: &[u32]) -> Posted {
         let head = self.next_descriptor;
+        let readable: Vec<_> = readable.iter().flat_map(|bytes| self.cut(bytes)).collect();
+        let writable: Vec<_> = writable.iter().flat_map(|len| self.cut_len(*len)).collect();
         let total = readable.len() + writable.len();
         let mut posted = Posted { head, writable: Vec::new() };
         for i in 0..total {
@@ -131,6 +141,18 @@ impl Driver {
         }
         self.offer(head);
         posted
+    }
+
+    /// The pieces of a buffer; of an empty one it is itself.
+    fn cut<'a>(&self, bytes: &'a [u8]) -> Vec<&'a [u8]> {
+        if bytes.is_empty() { vec![bytes] } else { bytes.chunks(self.piece as usize).collect() }
+    }
+
+    fn cut_len(&self, len: u32) -> Vec<u32> {
+        let whole = len / self.piece;
+        let rest = len % self.piece;
+        let rest = (rest > 0 || len == 0).then_some(rest);
+        (0..whole).map(|_| self.piece).chain(rest).collect()
     }
 
     fn place(&mut self, len: u32) -> u64 {

@@ -5,6 +5,8 @@
 
 mod discovery;
 mod hostile;
+mod kinds;
+mod load;
 mod matrix;
 mod model;
 mod negotiation;

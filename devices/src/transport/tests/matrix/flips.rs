@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-use super::load::{self, Load};
+use super::super::load::{self, Load};
 use super::{Guest, Point, afresh, prepare};
 use crate::memory::Memory;
 use crate::testing::pci::PciDriver;

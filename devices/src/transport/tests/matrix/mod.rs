@@ -2,7 +2,7 @@
 //! asked is answered once, and the driver hears of it.
 
 mod flips;
-mod load;
+
 mod offered;
 mod point;
 
@@ -10,11 +10,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::count;
+use super::load::{self, Load};
 use crate::memory::{Bytes, GuestAddress, Memory};
 use crate::testing::pci::PciDriver;
 use crate::testing::{Driver, Posted, copy};
 use crate::transport::State;
-use load::Load;
 use point::{POINTS, Point};
 
 /// Where the test driver has its rings.

@@ -162,10 +162,16 @@ impl VirtioPci {
         self.kind
     }
 
-    /// The device's configuration space, for changes by the host; follow one with
-    /// [`VirtioPci::notify_config_changed`].
+    /// The device's configuration space, to look at.
     pub fn config_space(&self) -> Option<&Arc<ConfigSpace>> {
         self.config.as_ref()
+    }
+
+    /// A change of the configuration space by the host, of which the driver is told. `None` if there is none to change.
+    pub fn change_config<T>(&self, change: impl FnOnce(&ConfigSpace) -> T) -> Option<T> {
+        let changed = change(self.config.as_ref()?);
+        self.notify_config_changed();
+        Some(changed)
     }
 
     /// Tells the driver, if it is ready, to read the configuration again.

@@ -152,13 +152,16 @@ impl Subject<'_> {
         let mut reply = Reply::Error("this machine has no balloon".to_owned());
         let busy = self.machine.bus.pci.for_each_virtio(|_, device| {
             let device = &device.function;
-            if let (balloon::KIND, Some(space)) = (device.kind(), device.config_space()) {
-                let pages = u32::try_from(target_mib * pages_per_mib).unwrap_or(u32::MAX);
-                balloon::set_target(space, pages);
-                let actual_mib = u64::from(balloon::actual(space)) / pages_per_mib;
-                device.notify_config_changed();
-                reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
+            if device.kind() != balloon::KIND {
+                return;
             }
+            let pages = u32::try_from(target_mib * pages_per_mib).unwrap_or(u32::MAX);
+            let actual = device.change_config(|space| {
+                balloon::set_target(space, pages);
+                balloon::actual(space)
+            });
+            let actual_mib = actual.map_or(0, u64::from) / pages_per_mib;
+            reply = Reply::Ok(Answer::Balloon(Balloon { target_mib, actual_mib }));
         });
         if busy > 0 && matches!(reply, Reply::Error(_)) { Reply::Busy(BUSY.to_owned()) } else { reply }
     }
@@ -169,10 +172,8 @@ impl Subject<'_> {
         let busy = self.machine.bus.pci.for_each_virtio(|_, device| {
             let device = &device.function;
             if let (mem::KIND, Some(space)) = (device.kind(), device.config_space()) {
-                let resized = size_mib.map_or(Ok(()), |mib| self.resize(space, mib));
-                if resized.is_ok() && size_mib.is_some() {
-                    device.notify_config_changed();
-                }
+                let resized = size_mib.and_then(|mib| device.change_config(|space| self.resize(space, mib)));
+                let resized = resized.unwrap_or(Ok(()));
                 let Standing { region, usable, requested, plugged } = mem::standing(space);
                 let [max_mib, usable_mib, size_mib, plugged_mib] = [region, usable, requested, plugged]
                     .map(|bytes| self.config.memory.mib() + (bytes >> 20));

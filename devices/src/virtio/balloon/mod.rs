@@ -90,8 +90,8 @@ pub struct State {
     pub actual_pages: u32,
 }
 
-/// Asks the guest to give up `pages` pages of 4 KiB in total; leave it enough to live on. Tell the driver of it with
-/// [`crate::interrupt::Interrupt::config_changed`].
+/// Asks the guest to give up `pages` pages of 4 KiB in total; leave it enough to live on. Tell the driver of it:
+/// [`crate::transport::VirtioPci::change_config`] does.
 pub fn set_target(config: &ConfigSpace, pages: u32) {
     config.update(|bytes| put(bytes, NUM_PAGES, pages));
 }

@@ -107,13 +107,14 @@ pub struct Standing {
 }
 
 /// Asks the guest to have `requested` bytes plugged, in whole blocks, of the first `usable` bytes of the region, which
-/// must be there by now and never become fewer. Tell the driver of it with
-/// [`crate::interrupt::Interrupt::config_changed`].
+/// must be there by now; what was usable before still is (§5.15.4.2). Tell the driver of it:
+/// [`crate::transport::VirtioPci::change_config`] does.
 pub fn request(config: &ConfigSpace, usable: u64, requested: u64) {
-    let requested = requested.min(usable);
+    let blocks = |bytes: u64| bytes.saturating_sub(bytes % BLOCK);
     config.update(|bytes| {
+        let usable = blocks(usable).min(get(bytes, REGION_SIZE)).max(get(bytes, USABLE_SIZE));
         put(bytes, USABLE_SIZE, usable);
-        put(bytes, REQUESTED_SIZE, requested.saturating_sub(requested % BLOCK));
+        put(bytes, REQUESTED_SIZE, blocks(requested.min(usable)));
     });
 }
 
@@ -256,13 +257,13 @@ impl Mem {
     }
 
     fn plug(&mut self, blocks: Range<u64>, found: Found, standing: &Standing) -> Answer {
+        if found != Found::Unplugged {
+            return Answer::Error;
+        }
         let count = blocks.end.saturating_sub(blocks.start);
         let wanted = self.blocks.plugged().saturating_add(count).saturating_mul(BLOCK);
         if wanted > standing.requested {
             return Answer::Nack;
-        }
-        if found != Found::Unplugged {
-            return Answer::Error;
         }
         self.blocks.set(blocks, true);
         self.plugged.add(count);

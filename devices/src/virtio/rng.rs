@@ -100,6 +100,22 @@ mod tests {
     }
 
     #[test]
+    fn c116_any_buffer_gets_a_random_byte() {
+        let mut vm = harness();
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..64 {
+            for pieces in [&[1][..], &[0, 1], &[1, 0], &[1, 1]] {
+                let posted = vm.driver(0).post(&[], pieces);
+                vm.kick(0);
+                let len: u32 = pieces.iter().sum();
+                assert_eq!(vm.driver(0).take(), Some((posted.head, len)));
+                seen.extend(vm.driver(0).written(&posted));
+            }
+        }
+        assert!(seen.len() > 100, "320 random bytes are hardly ever of so few values: {}", seen.len());
+    }
+
+    #[test]
     fn serves_at_most_64_kib_of_a_huge_request() {
         let mut vm = harness();
         let buffer = vm.driver(0).post(&[], &[100_000]);

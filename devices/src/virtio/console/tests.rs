@@ -329,6 +329,21 @@ fn the_size_is_offered_only_if_it_is_known_and_can_change() {
 }
 
 #[test]
+fn c_167_c_168_there_is_one_port_and_no_emergency_write() {
+    for size in [None, Some(Size { columns: 80, rows: 25 })] {
+        let null = OwnedFd::from(File::create("/dev/null").unwrap());
+        let config = Config { input: None, output: FdSlot(4), unlimited: true, size };
+        let mut vm = PciDriver::new(config.build(&mut HashMap::from([(FdSlot(4), null)])).unwrap());
+        assert_eq!(vm.offered() & 0b110, 0, "neither MULTIPORT nor EMERG_WRITE");
+        assert_eq!(vm.get16(0x12), 2, "receive and transmit");
+        let block = vm.device.unwrap();
+        assert_eq!(u32::from_le_bytes(vm.read(block, 4)), 1, "port");
+        vm.write(block, 8, &[b'!', 0, 0, 0]);
+        assert_eq!(vm.read(block, 8), [0; 4]);
+    }
+}
+
+#[test]
 fn a_file_that_is_not_there_is_named() {
     let config = Config { input: None, output: FdSlot(9), unlimited: false, size: None };
     let error = config.build(&mut HashMap::new()).map(drop).unwrap_err();

@@ -93,7 +93,9 @@ fn c107_zeroed_sectors_read_as_zeroes_with_or_without_unmap() {
 #[test]
 fn c110_an_unknown_type_is_unsupported_and_the_status_is_written() {
     let mut vm = Harness::new(build(&config(), &image(1)));
-    for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 0x8000_0000, 0x8000_0001, u32::MAX] {
+    // Of these, 10 is GET_LIFETIME, 14 SECURE_ERASE, and 15 to 26 are about zones.
+    for kind in [2, 3, 5, 6, 7, 9, 10, 12].into_iter().chain(14..=26).chain([1 << 31, 1 << 31 | 1, u32::MAX])
+    {
         let got = ask(&mut vm, &[&header(kind, 0)], &[512, 1]);
         assert_eq!((got.status, got.len), (UNSUPP, 0), "type {kind:#x}");
         assert_eq!(got.data, [0xa5; 512], "no byte of the buffer changes");

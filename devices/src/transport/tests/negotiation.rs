@@ -122,6 +122,14 @@ fn c_010_after_a_reset_rings_and_interrupts_are_left_alone() {
     vm.settle();
     assert_eq!((vm.sink.all_signals(), log.served()), (signals, served));
     assert_eq!(queues[0].used_index(), 1);
+    // Not even a driver that has mapped the vectors again hears of anything.
+    vm.set_up_vectors();
+    vm.set16(0x16, 0);
+    vm.set16(0x1a, 1);
+    vm.kick(0);
+    vm.function.notify_config_changed();
+    vm.settle();
+    assert_eq!((vm.sink.all_signals(), vm.read(vm.isr, 0)), (signals, [0]));
 }
 
 #[test]

@@ -123,6 +123,23 @@ fn c_072_an_enabled_queue_is_frozen_already_before_driver_ok() {
 }
 
 #[test]
+fn c_072_a_queue_that_was_left_disabled_stays_so_while_the_device_runs() {
+    let (mut vm, log) = machine();
+    assert!(vm.negotiate(VERSION_1));
+    vm.set_up_queue(1, false);
+    vm.set_status(15);
+    let before = registers(&mut vm);
+    let mut queue = vm.set_up_queue(0, false);
+    vm.set16(0x18, 2);
+    vm.set16(0x1a, 0xffff);
+    assert_eq!(registers(&mut vm), before);
+    queue.post(&[b"ping"], &[4]);
+    vm.kick(0);
+    vm.settle();
+    assert_eq!((log.served(), queue.used_index()), (0, 0));
+}
+
+#[test]
 fn queue_registers_are_closed_before_features_ok() {
     let (mut vm, _) = machine();
     let before = registers(&mut vm);

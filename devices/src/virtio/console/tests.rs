@@ -269,7 +269,7 @@ fn a_huge_chain_is_looked_at_no_further_than_the_cap() {
 
 #[test]
 fn buffers_of_the_wrong_direction_are_given_back_unused() {
-    let (mut vm, mut typist, _reader) = piped();
+    let (mut vm, mut typist, mut reader) = piped();
     typist.write_all(b"x").unwrap();
     let readable = vm.driver(RECEIVE).post(&[b"in"], &[4]);
     let empty = vm.driver(RECEIVE).post(&[], &[0]);
@@ -281,6 +281,10 @@ fn buffers_of_the_wrong_direction_are_given_back_unused() {
     let writable = vm.driver(TRANSMIT).post(&[b"out"], &[4]);
     vm.kick(TRANSMIT);
     assert_eq!(vm.driver(TRANSMIT).take(), Some((writable.head, 0)));
+    print(&mut vm, b"ok");
+    let mut bytes = [0; 2];
+    reader.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"ok", "of the other nothing is printed");
     assert!(!vm.asked_for_reset());
 }
 

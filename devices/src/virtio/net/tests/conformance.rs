@@ -144,6 +144,19 @@ fn c095_without_merging_a_frame_has_one_buffer_or_is_dropped() {
 }
 
 #[test]
+fn c095_without_merging_no_frame_is_spread_over_buffers() {
+    let (mut vm, wire, counts) = card_with(&config(), |all| all & !MRG_RXBUF);
+    offer(&mut vm, &[100, 2000, 2000]);
+    wire.send(Header::default(), &frame(1500));
+    wire.send(Header::default(), &frame(60));
+    vm.poll();
+    let (lens, bytes) = received(&mut vm);
+    assert_eq!(lens, [72], "buffers are used in order, and the first has no room for the long one");
+    assert_eq!(split(&bytes).1, frame(60));
+    assert_eq!(counts.get("rx_dropped"), 1);
+}
+
+#[test]
 fn c097_the_buffers_of_a_frame_appear_at_once() {
     let (mut vm, wire, _) = card();
     let used = GuestAddress(vm.driver(RECEIVE).used_ring() + 2);

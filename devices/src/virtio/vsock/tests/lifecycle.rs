@@ -45,6 +45,32 @@ fn hg_v30_a_guest_that_posts_no_buffers_holds_the_host_up_without_cost() {
 }
 
 #[test]
+fn c_125_what_the_guest_sends_is_handled_while_answers_wait_for_its_buffers() {
+    let mut vm = Vm::starved();
+    let (one, other) = (key(1, 1), key(2, 2));
+    let mut hosts = [one, other].map(|key| {
+        vm.send(from_guest(key, Op::Request), b"");
+        let dial = vm.question();
+        let (near, far) = UnixStream::pair().unwrap();
+        vm.server.accept(dial.id, far.as_fd()).unwrap();
+        vm.harness.poll();
+        patient(near)
+    });
+    for (key, host) in [one, other].into_iter().zip(&mut hosts) {
+        vm.send(data(key, 2), b"tx");
+        vm.send(from_guest(key, Op::CreditRequest), b"");
+        let mut bytes = [0; 2];
+        host.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"tx");
+    }
+    vm.send(from_guest(key(3, 3), Op::CreditRequest), b"");
+    vm.post(16, 128);
+    vm.expect(Op::Reset, key(3, 3));
+    vm.expect(Op::Response, one);
+    vm.expect(Op::Response, other);
+}
+
+#[test]
 fn hg_v31_the_host_ends_its_direction_first_then_the_guest() {
     let mut vm = Vm::new();
     let key = key(1, 1);

@@ -3,6 +3,7 @@
 #   make demo     boot a container in a micro-VM and show what each stage took
 #   make test     everything: formatting, lints, unit and property tests, end-to-end tests
 #   make check    formatting and lints alone
+#   make conformance  what VIRTIO asks of devices, row by row, and whether they do it
 #   make containerd containerd's suites whole: every generation that Debian has, runc besides mvm
 #   make transcript  from a machine with containerd to pods in machines, step by step
 #   make bench    the figures, as ratios in one run       (ONLY=id,… runs some of them)
@@ -16,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install uninstall manual deb demo check test unit e2e containerd containerd-quick transcript bench lab clean
+.PHONY: help setup kernel build install uninstall manual deb demo check test unit conformance e2e containerd containerd-quick transcript bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -81,6 +82,10 @@ unit: setup
 	    $(CARGO) build -q -p mvm-integration --bin lab && \
 	    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/$(TARGET)/debug/lab --" \
 	    $(CARGO) test -p mvm-vmm --test native; fi
+
+# The tests it runs are among those of `make unit`, and so is one that every row names some: `make test` needs no more.
+conformance:
+	@$(CARGO) run -q -p mvm-devices --features testing --example conformance
 
 # A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build

@@ -3,6 +3,7 @@
 //! [`Harness`] runs one device on the test's own thread, step by step: nothing happens between calls.
 //! [`Driver`] is the guest's side of one queue; its raw methods can also build nonsense.
 
+pub mod conformance;
 mod driver;
 pub mod pci;
 

@@ -105,6 +105,7 @@ fn c_192_c_193_c_194_what_is_plugged_can_be_used_and_what_is_not_can_be_read() {
         }
         assert_eq!(ask_of(&mut vm, PLUG, 3, 1), ACK);
         assert_eq!(ask_of(&mut vm, STATE, 0, 4), Some((0, 2)));
+        assert_eq!([page(1), page(2)], [[0x33; 4096]; 2], "plugging and asking change nothing");
         assert_eq!(ask_of(&mut vm, UNPLUG, 2, 1), ACK);
         assert_eq!(page(1), [0x33; 4096], "nobody else's business");
         assert_eq!(page(2), [0; 4096], "gone, but there");

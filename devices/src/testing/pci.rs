@@ -339,6 +339,15 @@ impl PciDriver {
         self.write(self.notify, at, &index.to_le_bytes());
     }
 
+    /// Has `work` done while the device rests. A device that runs may look at its queues without a kick: it does
+    /// when it starts and when it goes on.
+    pub fn at_rest<T>(&mut self, work: impl FnOnce(&Self) -> T) -> T {
+        self.function.pause().unwrap();
+        let result = work(self);
+        self.function.resume().unwrap();
+        result
+    }
+
     /// Returns once the device has seen everything posted so far and did what it could.
     pub fn settle(&mut self) {
         self.function.pause().unwrap();

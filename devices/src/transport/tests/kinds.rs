@@ -91,10 +91,13 @@ fn set_up(vm: &mut PciDriver) -> Vec<Driver> {
 /// Posts request `number` with writable buffers full of a pattern, has it served and takes the answer's length.
 fn ask(vm: &mut PciDriver, driver: &mut Driver, load: &dyn Load, number: u16) -> (Posted, u32) {
     let before = driver.used_index();
-    let posted = load.post(driver, number);
-    for (address, len) in &posted.writable {
-        vm.memory.write_slice(&vec![0xa5; *len as usize], GuestAddress(*address)).unwrap();
-    }
+    let posted = vm.at_rest(|vm| {
+        let posted = load.post(driver, number);
+        for (address, len) in &posted.writable {
+            vm.memory.write_slice(&vec![0xa5; *len as usize], GuestAddress(*address)).unwrap();
+        }
+        posted
+    });
     serve(vm, driver, load.queue(), before);
     let (head, len) = driver.take().unwrap();
     assert_eq!(head, posted.head);

@@ -35,8 +35,7 @@ fn c_017_c_019_every_kind_writes_only_what_it_may() {
         let mut driver = queues.swap_remove(usize::from(load.queue()));
         for number in 0..4 {
             let before = driver.used_index();
-            let posted = load.post(&mut driver, number);
-            let memory = copy(&vm.memory);
+            let (posted, memory) = vm.at_rest(|vm| (load.post(&mut driver, number), copy(&vm.memory)));
             serve(&mut vm, &driver, load.queue(), before);
             let allowed = |at: u64| {
                 posted.writable.iter().any(|(start, len)| (*start..start + u64::from(*len)).contains(&at))
@@ -57,9 +56,10 @@ fn c_017_no_queue_writes_to_what_it_may_read() {
         let mut vm = PciDriver::new(load.device());
         let mut queues = vm.start(false);
         let used: Vec<_> = queues.iter().map(|queue| queue.used_ring()..queue.used_ring() + 0x1000).collect();
-        let posted: Vec<_> =
-            queues.iter_mut().map(|queue| queue.post(&[&[0x11; 64], &[0x22; 64]], &[64])).collect();
-        let memory = copy(&vm.memory);
+        let (posted, memory) = vm.at_rest(|vm| {
+            let posted = queues.iter_mut().map(|queue| queue.post(&[&[0x11; 64], &[0x22; 64]], &[64]));
+            (posted.collect::<Vec<_>>(), copy(&vm.memory))
+        });
         (0..u16::try_from(queues.len()).unwrap()).for_each(|queue| vm.kick(queue));
         (0..10).for_each(|_| vm.settle());
         let writable: Vec<_> = posted.iter().flat_map(|posted| &posted.writable).collect();

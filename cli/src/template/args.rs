@@ -37,9 +37,6 @@ pub(crate) struct Create {
     /// Make it anew although it is there
     #[arg(short, long)]
     pub(crate) force: bool,
-    /// Have a machine of it run, note which memory that needs, and bring that in for each machine beforehand
-    #[arg(long)]
-    pub(crate) working_set: bool,
     /// Print nothing but its key
     #[arg(short, long)]
     pub(crate) quiet: bool,

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use indicatif::ProgressBar;
 use mvm_runtime::container::state_dir;
 use mvm_runtime::failure::{Context, Failure};
-use mvm_runtime::template::{self, Condition, Entry, Keep, Order, Phase, Recipe, Templates};
+use mvm_runtime::template::{self, Condition, Entry, Keep, Phase, Recipe, Templates};
 
 use self::args::{Create, Inspect, Prune, Rm, Template};
 use crate::life::{SOME_FAILED, json, print};
@@ -42,8 +42,7 @@ fn create(templates: &Templates, recipe: &Recipe, options: &Create) -> Result<u8
         return template::make_when_idle(templates, recipe).map(|()| 0);
     }
     let mut progress = Progress { quiet: options.quiet, ..Progress::default() };
-    let order = Order { again: options.force, working_set: options.working_set };
-    let made = template::make(templates, recipe, order, &mut |phase| progress.show(phase));
+    let made = template::make(templates, recipe, options.force, &mut |phase| progress.show(phase));
     let worked = progress.end();
     let entry = templates.get(made?.manifest.key.as_str())?;
     if options.quiet {

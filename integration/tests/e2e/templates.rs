@@ -205,12 +205,7 @@ fn commands() {
     let key = text(&mvm(&["template", "create", "--memory", "96M", "--quiet"]));
     assert_eq!(text(&mvm(&["template", "create", "--memory", "96M", "--quiet"])), key, "it is there");
     let set = state().join("templates").join(&key).join("working-set");
-    assert!(!set.exists());
-    let with = ["template", "create", "--memory", "96M", "--quiet", "--working-set"];
-    assert_eq!(text(&mvm(&with)), key);
-    let made = set.metadata().and_then(|it| it.modified()).expect("it is there");
-    assert_eq!(text(&mvm(&with)), key);
-    assert_eq!(set.metadata().and_then(|it| it.modified()).expect("it is there"), made, "as it was");
+    assert!(set.metadata().expect("it is there").len() > 48, "a machine of it has written something");
     let list: serde_json::Value =
         serde_json::from_str(&text(&mvm(&["template", "ls", "--format", "json"]))).expect("JSON");
     let entry = list.as_array().and_then(|list| list.iter().find(|it| it["key"] == key.as_str()));

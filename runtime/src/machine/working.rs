@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use mvm_vmm::control::{Answer, Request};
-use mvm_vmm::snapshot::{Recorded, record};
+use mvm_vmm::snapshot::{Needed, Recorded, record};
 
 use super::control::Control;
 use crate::failure::{Context, Failure};
@@ -15,13 +15,13 @@ use crate::whole_file::write_whole;
 pub(crate) const WORKING_SET: &str = "working-set";
 
 impl Control {
-    /// Records in a file at `path`, which is replaced, what the machine has touched since it went on. `pid` is its process.
+    /// Records in a file at `path`, which is replaced, what the machine has needed since it went on. `pid` is its process.
     ///
     /// Its map of pages is read here: to whom that is open it may tell more than a machine's process is to know.
     ///
     /// # Errors
     /// It did not go on from a snapshot, nobody may look into its process, or the file cannot be written.
-    pub fn record_working_set(&self, pid: i32, path: &Path) -> Result<Recorded, Failure> {
+    pub fn record_working_set(&self, pid: i32, needed: Needed, path: &Path) -> Result<Recorded, Failure> {
         let failed = || format!("cannot record which memory machine {} needs", self.id());
         let map = match self.call(&Request::MemoryMap, &[]) {
             Ok(Answer::MemoryMap(map)) => Ok(map),
@@ -32,7 +32,7 @@ impl Control {
         let pages = File::open(&pages).context(|| format!("cannot open {pages}")).context(failed)?;
         let mut recorded = Recorded::default();
         let written = write_whole(path, |file| {
-            recorded = record(&pages, &map, file).context(failed)?;
+            recorded = record(&pages, &map, needed, file).context(failed)?;
             Ok(())
         });
         written.map(|()| recorded)

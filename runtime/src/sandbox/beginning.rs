@@ -193,7 +193,7 @@ impl template::Ways for Ways<'_, '_> {
     fn make(&mut self) -> Result<Template, Failure> {
         self.chosen("a template is made first");
         let _stage = self.wanted.sandbox.timeline.begin(Track::Host, "make template");
-        template::make(&self.source.templates, &self.wanted.recipe, template::Order::default(), &mut |_| ())
+        template::make(&self.source.templates, &self.wanted.recipe, false, &mut |_| ())
     }
 
     fn make_later(&mut self) {

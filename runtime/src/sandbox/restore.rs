@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mvm_protocol::Configure;
+use mvm_vmm::snapshot::Needed;
 
 use super::ContainerRequest;
 use super::growth::Growth;
@@ -84,7 +85,7 @@ pub(super) fn restore(
     if let Some(path) = &going.record {
         let (control, pid) = (live.control(), live.machine().pid());
         // It is there to be quicker the next time, and this one runs.
-        if let Err(failure) = control.record_working_set(pid, path) {
+        if let Err(failure) = control.record_working_set(pid, Needed::Touched, path) {
             log::warn!("{}", failure.report());
         }
     }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use mvm_devices::sys::lowest_priority;
 use mvm_vmm::config::MachineId;
+use mvm_vmm::snapshot::Needed;
 
 use super::manifest::{Manifest, VERSION};
 use super::recipe::{Key, Parts, Recipe};
@@ -37,23 +38,14 @@ pub enum Phase {
     Trying,
 }
 
-/// What is wanted of a template beyond that it is there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Order {
-    /// It is made anew although it is there.
-    pub again: bool,
-    /// What a machine of it needs first is recorded, and brought in for each. One without is made anew.
-    pub working_set: bool,
-}
-
-/// The template of a recipe: the one that is there, if it is as it was ordered, or a new one.
+/// The template of a recipe: the one that is there, or a new one, which it is in any case if it is to be made `again`.
 ///
 /// # Errors
-/// The machine does not boot or cannot be saved; nothing of it is left then.
+/// The machine does not boot, cannot be saved, or none goes on from what was saved; nothing is left then.
 pub fn make(
     templates: &Templates,
     recipe: &Recipe,
-    order: Order,
+    again: bool,
     progress: &mut dyn FnMut(Phase),
 ) -> Result<Template, Failure> {
     templates.make_root()?;
@@ -64,7 +56,7 @@ pub fn make(
             templates.lock()?
         }
     };
-    make_locked(templates, recipe, order, progress)
+    make_locked(templates, recipe, again, progress)
 }
 
 /// Makes the template of a recipe on a thread of its own, as [`make_when_idle`] does. What goes wrong is logged.
@@ -93,7 +85,7 @@ pub fn make_when_idle(templates: &Templates, recipe: &Recipe) -> Result<(), Fail
     }
     templates.make_root()?;
     let Some(_lock) = templates.lock_now()? else { return Ok(()) };
-    let made = make_locked(templates, recipe, Order::default(), &mut |_| ());
+    let made = make_locked(templates, recipe, false, &mut |_| ());
     if let Err(failure) = &made {
         let _ = templates.set_aside(&recipe.key()?, &failure.report());
     }
@@ -103,22 +95,19 @@ pub fn make_when_idle(templates: &Templates, recipe: &Recipe) -> Result<(), Fail
 fn make_locked(
     templates: &Templates,
     recipe: &Recipe,
-    order: Order,
+    again: bool,
     progress: &mut dyn FnMut(Phase),
 ) -> Result<Template, Failure> {
     let parts = recipe.parts()?;
     let key = recipe.key_of(&parts);
-    let enough = |there: &Template| !order.working_set || there.snapshot().working_set.is_some();
-    if let Some(there) = templates.find(&key).filter(|there| !order.again && enough(there)) {
+    if let Some(there) = templates.find(&key).filter(|_| !again) {
         return Ok(there);
     }
     let failed = || format!("cannot make a template of {} and {} CPUs", recipe.memory, recipe.cpus.get());
     let new = templates.begin()?;
     let manifest = save(recipe, parts, &key, new.path(), progress).context(failed)?;
-    if order.working_set {
-        progress(Phase::Trying);
-        record(recipe, &key, new.path()).context(failed)?;
-    }
+    progress(Phase::Trying);
+    record(recipe, &key, new.path()).context(failed)?;
     let made = templates.install(new, manifest)?;
     if let Err(failure) = templates.prune_locked(&Keep { bytes: Some(MOST_BYTES), ..Keep::default() }) {
         log::warn!("{}", failure.report());
@@ -170,13 +159,17 @@ fn save(
     })
 }
 
-/// Records which memory a machine needs that goes on from what was saved in `directory`, until it has answered.
+/// Records which memory a machine writes that goes on from what was saved in `directory`, until it has answered.
 fn record(recipe: &Recipe, key: &Key, directory: &Path) -> Result<(), Failure> {
     let (plan, _) = recipe.plan_clone(machine_id(key)?, saved_in(directory, key), &[]);
     let mut machine = prepare(&plan)?.start(None)?;
     let agent = machine.agent(fresh_identity(HOSTNAME.to_owned())?, AGENT_TIME)?;
     agent.correct_clock().context(|| "cannot ask the guest for its clock".to_owned())?;
-    machine.control().record_working_set(machine.pid(), &directory.join(WORKING_SET))?;
+    let (pid, set) = (machine.pid(), directory.join(WORKING_SET));
+    // Not everybody may look into its process, and it is there to be quicker.
+    if let Err(failure) = machine.control().record_working_set(pid, Needed::Written, &set) {
+        log::warn!("{}", failure.report());
+    }
     machine.kill()?;
     write_back(directory)
 }

@@ -9,7 +9,7 @@
 //! templates/<key>/manifest.json what it is made of and when; its time of change is that of its last use
 //! templates/<key>/state         CPUs and devices
 //! templates/<key>/memory        RAM, with holes
-//! templates/<key>/working-set   which of the RAM a machine needs first, if whoever made it wanted that brought in
+//! templates/<key>/working-set   which of the RAM a machine writes first, brought in for each
 //! templates/<key>/aside         why it is of no use, if it is not
 //! templates/.new-*              one being made or removed
 //! ```
@@ -25,7 +25,7 @@ mod recipe;
 mod store;
 
 pub use choice::{Choice, Maker, Source, VARIABLE, Ways};
-pub use make::{Order, Phase, make, make_in_background, make_when_idle};
+pub use make::{Phase, make, make_in_background, make_when_idle};
 pub use manifest::{Ingredient, Manifest, VERSION};
 pub(crate) use processor::processor;
 pub use recipe::{Key, Recipe};

@@ -34,7 +34,7 @@ use crate::pci_bus::saved::SavedFunction;
 use host::HostFacts;
 use vcpu::VcpuState;
 pub(crate) use working::WorkingSet;
-pub use working::{Recorded, record};
+pub use working::{Needed, Recorded, record};
 
 /// Most bytes of the text that says what is in a machine.
 pub const MAX_CONTENTS: usize = 1024;

@@ -64,6 +64,16 @@ pub(crate) struct WorkingSet {
     runs: Vec<Run>,
 }
 
+/// Which pages are recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needed {
+    /// All that were touched, which saves reading them from a disk one after the other.
+    Touched,
+    /// Those that were written. Each takes two faults of the guest if it comes when it is written: KVM maps the file's page,
+    /// which stands beside others that are there, and maps the copy when the first is gone.
+    Written,
+}
+
 /// How many pages were recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
@@ -73,20 +83,24 @@ pub struct Recorded {
     pub written: u64,
 }
 
-/// Records in `to` the pages that a machine has touched since it went on. `pagemap` is `/proc/PID/pagemap` of its process,
+/// Records in `to` the pages that a machine has needed since it went on. `pagemap` is `/proc/PID/pagemap` of its process,
 /// and `map` its answer to [`crate::control::Request::MemoryMap`].
 ///
 /// Of a page that comes from a file the map tells whether it still does: if not the machine has written it.
 ///
 /// # Errors
 /// The machine did not go on from a snapshot, or a file cannot be read or written.
-pub fn record(pagemap: &File, map: &MemoryMap, to: &File) -> Result<Recorded, Error> {
+pub fn record(pagemap: &File, map: &MemoryMap, needed: Needed, to: &File) -> Result<Recorded, Error> {
     let id = map.snapshot.ok_or(Error::WorkingSet("the machine did not go on from a snapshot"))?;
     let failed = |source| Error::File { operation: "read which pages there are", source };
     let (mut pages, mut ram) = (Pages::default(), 0_u64);
     for region in &map.regions {
-        walk(pagemap, region.host, region.bytes, |page, what| pages.add(ram / PAGE_SIZE + page, what))
-            .map_err(failed)?;
+        walk(pagemap, region.host, region.bytes, |page, written| {
+            if written || needed == Needed::Touched {
+                pages.add(ram / PAGE_SIZE + page, written);
+            }
+        })
+        .map_err(failed)?;
         ram = ram.saturating_add(region.bytes);
     }
     pages.end();

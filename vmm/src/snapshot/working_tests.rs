@@ -39,12 +39,16 @@ fn mapped(file: &File) -> Memory {
 
 /// What is there of `memory`, in this process.
 fn there(memory: &Memory) -> (WorkingSet, Recorded) {
+    needed(memory, Needed::Touched)
+}
+
+fn needed(memory: &Memory, needed: Needed) -> (WorkingSet, Recorded) {
     let pagemap = File::open("/proc/self/pagemap").unwrap();
     let regions =
         memory.iter().map(|region| MappedRegion { host: region.as_ptr() as u64, bytes: region.len() });
     let map = MemoryMap { snapshot: Some(ID), regions: regions.collect() };
     let file = tempfile::tempfile().unwrap();
-    let recorded = record(&pagemap, &map, &file).unwrap();
+    let recorded = record(&pagemap, &map, needed, &file).unwrap();
     (WorkingSet::read(&file, extent(), &ID).unwrap(), recorded)
 }
 
@@ -69,6 +73,9 @@ fn what_was_touched_is_recorded_and_nothing_is_written_that_was_only_read() {
     assert!(has(&set, 0x300), "{set:?}");
     assert_eq!(recorded.written, 2);
     assert!((1..1000).contains(&recorded.read), "{recorded:?}");
+    let (set, recorded) = needed(&first, Needed::Written);
+    assert_eq!(set.runs, [run(0x100, 2, true)]);
+    assert_eq!(recorded, Recorded { read: 0, written: 2 });
 }
 
 #[test]
@@ -112,7 +119,7 @@ fn there_of(memory: &Memory) -> WorkingSet {
 fn a_machine_that_booted_has_nothing_to_record() {
     let map = MemoryMap { snapshot: None, regions: Vec::new() };
     let null = File::open("/dev/null").unwrap();
-    assert!(matches!(record(&null, &map, &null), Err(Error::WorkingSet(_))));
+    assert!(matches!(record(&null, &map, Needed::Touched, &null), Err(Error::WorkingSet(_))));
 }
 
 #[test]

@@ -5,15 +5,13 @@ use std::time::Instant;
 
 use mvm_runtime::container::Cost;
 use mvm_runtime::image::Rootfs;
-use mvm_runtime::template::{self, Choice, Order, Recipe, Templates};
-use mvm_vmm::config::{MemSize, VcpuCount};
+use mvm_runtime::template::Choice;
 use serde_json::{Value, json};
 
-use super::boot::{READY, explain, image};
+use super::boot::{READY, image};
 use super::start::Started;
 use crate::bench::stats::median;
 use crate::bench::{Figure, Wanted, native};
-use crate::vm;
 use mvm_runtime::usage::settled;
 
 /// Machines of either kind.
@@ -61,12 +59,6 @@ fn starts(image: &Rootfs) -> io::Result<Vec<Figure>> {
         clones.push(start(Choice::Always, number)?);
         colds.push(start(Choice::Never, number)?);
     }
-    let mut prefaulted = Vec::new();
-    remake(true)?;
-    for number in STARTS..=2 * STARTS {
-        prefaulted.push(start(Choice::Always, number)?);
-    }
-    remake(false)?;
     let (clone, cold, floor) = (median(&clones), median(&colds), native::floor_start_ms()?);
     let how = format!(
         "virtual time from the call that starts the machine's process to the agent's hello, 1 vCPU, 128 MiB: median of \
@@ -80,20 +72,9 @@ fn starts(image: &Rootfs) -> io::Result<Vec<Figure>> {
     );
     let over_cold = Figure::new("lab.clone_over_cold", clone / cold, "x", &how);
     Ok(vec![
-        over_floor
-            .peer("prefaulted_ms", median(&prefaulted))
-            .peer("clone_ms", clone)
-            .peer("floor_ms", floor)
-            .raw(rows.clone()),
+        over_floor.peer("clone_ms", clone).peer("floor_ms", floor).raw(rows.clone()),
         over_cold.peer("clone_ms", clone).peer("cold_ms", cold).raw(rows),
     ])
-}
-
-/// Makes the template anew, to bring in what its machines need or not to.
-fn remake(working_set: bool) -> io::Result<()> {
-    let recipe = Recipe::new(&vm::state(), VcpuCount::default(), MemSize::default()).map_err(explain)?;
-    let order = Order { again: true, working_set };
-    template::make(&Templates::of(&vm::state()), &recipe, order, &mut |_| ()).map(drop).map_err(explain)
 }
 
 fn processes(image: &Rootfs) -> io::Result<Figure> {

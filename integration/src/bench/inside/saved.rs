@@ -11,7 +11,7 @@ use mvm_runtime::agent::StdioSpec;
 use mvm_runtime::container::{Container, Cost, Request, Upper};
 use mvm_runtime::machine::{Disk, Machine, Origin, Plan, Snapshot, prepare};
 use mvm_runtime::template::Choice;
-use mvm_vmm::snapshot::Recorded;
+use mvm_vmm::snapshot::{Needed, Recorded};
 use serde_json::json;
 
 use super::boot::{READY, boot, explain, image};
@@ -79,7 +79,8 @@ pub(super) fn restore() -> io::Result<Figure> {
 /// The same with the pages brought in beforehand that one needed.
 fn prefaulted(saved: &Snapshot, root: &Path, set: &Path) -> io::Result<(Recorded, Vec<f64>)> {
     let (machine, _) = call(saved, root, "recorded")?;
-    let recorded = machine.control().record_working_set(machine.pid(), set).map_err(explain)?;
+    let recorded =
+        machine.control().record_working_set(machine.pid(), Needed::Touched, set).map_err(explain)?;
     drop(machine);
     let with = Snapshot { working_set: Some(set.to_owned()), ..saved.clone() };
     let times = (0..STARTS).map(|number| go_on(&with, root, &format!("prefaulted-{number}")));

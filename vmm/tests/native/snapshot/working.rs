@@ -1,6 +1,6 @@
 //! Machines that have what one before them needed in memory beforehand.
 
-use mvm_vmm::snapshot::{Error, Recorded, record};
+use mvm_vmm::snapshot::{Error, Needed, Recorded, record};
 
 use super::*;
 
@@ -47,5 +47,5 @@ fn a_machine_goes_on_with_the_pages_brought_in_that_one_before_it_needed() {
 /// Records in `to` what a machine has touched.
 fn record_pages(vm: &mut Vm, to: &File) -> Result<Recorded, Error> {
     let Answer::MemoryMap(map) = vm.control.call(&Request::MemoryMap).unwrap() else { panic!() };
-    record(&File::open(format!("/proc/{}/pagemap", vm.child.pid)).unwrap(), &map, to)
+    record(&File::open(format!("/proc/{}/pagemap", vm.child.pid)).unwrap(), &map, Needed::Touched, to)
 }

@@ -44,6 +44,9 @@ fn operate(vm: &mut PciDriver, queues: &Mutex<Vec<Driver>>, dice: &mut Dice) {
         0 => {
             let mut queues = queues.lock().unwrap();
             *queues = restart(vm, value & 1 != 0);
+            // Whoever else gets to run on this host: it is at work once each time.
+            queues[0].post(&[b"ping"], &[4]);
+            vm.settle();
         }
         1 => vm.set_status(0),
         2 => vm.function.notify_config_changed(),
@@ -111,7 +114,7 @@ fn t_41_four_threads_hammer_one_function_and_none_gets_stuck() {
         thread.join().unwrap();
     }
 
-    assert!(log.starts() > 100 && log.served() > 100, "{log:?}: the device hardly ran");
+    assert!(log.starts() > 1000 && log.served() >= log.starts() / 2, "{log:?}: the device hardly ran");
 
     // Whatever state that left: after a reset and with sane rings, the device works.
     let mut vm = vm.lock().unwrap();

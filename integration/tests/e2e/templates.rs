@@ -129,6 +129,14 @@ impl Clone {
     }
 }
 
+/// KiB of files in memory that a process has mapped as huge pages.
+fn in_huge_pages(pid: u32) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root may look");
+    let kib =
+        |line: &str| line.strip_prefix("ShmemPmdMapped:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+    maps.lines().filter_map(kib).sum()
+}
+
 fn identities() {
     let (bundle, spec) = bare_bundle("clones-bundle");
     let launcher = launcher(&scratch().join("clones-state"));
@@ -143,6 +151,11 @@ fn identities() {
     let timeline = clones[1].sandbox.timeline().expect("it was started").to_string();
     assert!(timeline.contains(PLUG), "it booted:\n{timeline}");
     let emulated = mvm_integration::lab::inside();
+    if emulated {
+        // Its file systems are in memory, and of the kernel each has run some.
+        let huge: Vec<_> = clones.iter().map(|clone| in_huge_pages(clone.sandbox.pid())).collect();
+        assert!(huge.iter().all(|kib| *kib >= 2048), "KiB in huge pages: {huge:?}");
+    }
     let most = |clone: &Clone| NEAR + if emulated { clone.clock_doubt() } else { Duration::ZERO };
     let errors: Vec<_> = clones.iter_mut().map(|it| (it.clock_error(), most(it))).collect();
     assert!(errors.iter().all(|(error, most)| error <= most), "their clocks are off: {errors:?}");

@@ -1,5 +1,6 @@
 //! Making templates: an empty machine is booted, prepared, saved and ended.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Instant;
@@ -138,7 +139,12 @@ fn save(
     let (kernel_release, agent_version) = (hello.kernel_release.clone(), hello.agent_version.clone());
     // Held as it is, it would not hear of its host's going; it is not to go on in any case.
     machine.kill()?;
+    drop((state, memory));
     write_back(directory)?;
+    if let Err(failure) = gather(recipe, &directory.join(MEMORY)) {
+        // On a host without huge pages for files a clone has more faults, that is all.
+        log::debug!("{}", failure.report());
+    }
     progress(Phase::Digesting);
     Ok(Manifest {
         version: VERSION,
@@ -157,6 +163,20 @@ fn save(
         memory_bytes: saved.memory_bytes,
         state_bytes: saved.state_bytes,
     })
+}
+
+/// Gathers the guest's kernel in huge pages of the saved `memory`: every clone runs it, and none writes it. They last
+/// as long as the host keeps them in its memory.
+fn gather(recipe: &Recipe, memory: &Path) -> Result<(), Failure> {
+    let failed = || "cannot have the guest's kernel in huge pages".to_owned();
+    let kernel = File::open(recipe.kernel()).context(failed)?;
+    // RAM begins at address 0 and at offset 0, and has no hole as low as a kernel is.
+    match mvm_vmm::boot::read_only(&kernel).context(failed)? {
+        Some(range) => {
+            File::open(memory).and_then(|memory| mvm_vmm::snapshot::gather(&memory, range)).context(failed)
+        }
+        None => Ok(()),
+    }
 }
 
 /// Records which memory a machine writes that goes on from what was saved in `directory`, until it has answered.

@@ -97,6 +97,11 @@ impl Recipe {
         Ok(Self { cpus, memory, guest, initrd })
     }
 
+    /// The guest's kernel.
+    pub(super) fn kernel(&self) -> &Path {
+        &self.guest.kernel
+    }
+
     /// The machine that a template is saved of: nothing is in it but an agent that can be reached.
     pub fn plan_template(&self, id: MachineId) -> Plan {
         Plan { slots: slots(), ..self.plan(id) }

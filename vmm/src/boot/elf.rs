@@ -1,6 +1,7 @@
 //! ELF kernels: `vmlinux`, and flat 64-bit guests.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::{EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
@@ -12,6 +13,8 @@ use crate::layout;
 
 /// Most program headers; a kernel has about five.
 const MAX_PROGRAM_HEADERS: u16 = 32;
+/// Segment flag: executable.
+const PF_X: u32 = 1;
 /// Segment flag: writable.
 const PF_W: u32 = 2;
 /// Most bytes of notes looked through for the PVH entry.
@@ -38,6 +41,14 @@ pub(super) fn load(memory: &Memory, file: &File, bytes: u64, room: Room) -> Resu
     }
     let pvh_entry = find_pvh_entry(file, &segments)?;
     Ok(Loaded { entry: header.e_entry, pvh_entry, end, header: None })
+}
+
+/// Guest addresses of the first segment that has code and is not writable.
+pub(super) fn read_only(file: &File) -> Result<Range<u64>> {
+    let segments = read_program_headers(file, &read_header(file)?)?;
+    let code = |s: &&Elf64_Phdr| s.p_type == PT_LOAD && s.p_flags & (PF_X | PF_W) == PF_X;
+    let code = segments.iter().find(code).ok_or(Error::Elf("it has no code that is only read"))?;
+    Ok(code.p_paddr..code.p_paddr.saturating_add(code.p_filesz))
 }
 
 fn read_header(file: &File) -> Result<Elf64_Ehdr> {

@@ -221,14 +221,24 @@ pub fn load(memory: &Memory, ram: u64, images: &Images<'_>, platform: &Platform)
     Ok(Placed { entry, images })
 }
 
+/// Guest addresses of what a kernel has in memory and never writes: its code, and data that is only read. `None` if the
+/// file does not say, as a `bzImage` does not.
+pub fn read_only(kernel: &File) -> Result<Option<Range<u64>>> {
+    if is_elf(kernel)? { elf::read_only(kernel).map(Some) } else { Ok(None) }
+}
+
 fn load_kernel(memory: &Memory, file: &File, bytes: u64, room: Room) -> Result<Loaded> {
-    let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, 0).map_err(|_| Error::UnknownFormat)?;
-    if &magic == b"\x7fELF" {
+    if is_elf(file)? {
         elf::load(memory, file, bytes, room)
     } else {
         bzimage::load(memory, file, bytes, room)
     }
+}
+
+fn is_elf(file: &File) -> Result<bool> {
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, 0).map_err(|_| Error::UnknownFormat)?;
+    Ok(&magic == b"\x7fELF")
 }
 
 /// Puts the initial RAM disk as high as the kernel can reach, away from the kernel.

@@ -1,5 +1,6 @@
 //! Tests of loading, with files made here.
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 
@@ -32,6 +33,16 @@ fn file(content: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content).unwrap();
     file
+}
+
+#[test]
+fn what_a_kernel_never_writes_is_told_by_its_file() {
+    assert_eq!(read_only(&elf(0x20_0000, &[5; 5000], 9000)).unwrap(), Some(0x20_0000..0x20_0000 + 5000));
+    let writable = elf(0x20_0000, &[5; 5000], 9000);
+    writable.write_all_at(&[7], 68).unwrap();
+    assert!(read_only(&writable).unwrap_err().to_string().contains("only read"));
+    assert_eq!(read_only(&file(&[7; 4096])).unwrap(), None, "another format does not say");
+    assert!(read_only(&file(b"\x7f")).is_err());
 }
 
 fn try_load(mib: u64, kernel: &File, initrd: Option<&File>) -> (Memory, Result<Entry>) {

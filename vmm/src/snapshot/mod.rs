@@ -13,6 +13,7 @@ pub(crate) mod base;
 mod changes;
 mod format;
 pub(crate) mod host;
+mod huge;
 pub(crate) mod pages;
 pub(crate) mod source;
 #[cfg(test)]
@@ -32,6 +33,7 @@ use crate::config::{MachineConfig, VcpuCount};
 use crate::pci_bus::MAX_DEVICES;
 use crate::pci_bus::saved::SavedFunction;
 use host::HostFacts;
+pub use huge::gather;
 use vcpu::VcpuState;
 pub(crate) use working::WorkingSet;
 pub use working::{Needed, Recorded, record};

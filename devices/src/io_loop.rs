@@ -38,6 +38,17 @@ impl IoLoop {
     /// # Errors
     /// The host's reason: no more files or threads.
     pub fn spawn(name: &str) -> io::Result<Self> {
+        Self::spawn_with(name, || Ok(()))
+    }
+
+    /// Starts a loop on a thread called `name`, which does `first` before it serves anything, and ends if that fails.
+    ///
+    /// # Errors
+    /// The host's reason: no more files or threads.
+    pub fn spawn_with(
+        name: &str,
+        first: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
         let mut manager =
             EventManager::<Subscriber>::new_with_capacity(READY_FILES).map_err(io::Error::other)?;
         let handle = LoopHandle { endpoint: manager.remote_endpoint() };
@@ -45,6 +56,10 @@ impl IoLoop {
         let seen = Arc::clone(&ending);
         let thread =
             std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_SIZE).spawn(move || {
+                if let Err(error) = first() {
+                    log::error!("an I/O loop did not begin: {error}");
+                    return;
+                }
                 while !seen.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
                         // epoll_wait itself failed, which no guest can bring about.
@@ -75,6 +90,18 @@ impl Drop for IoLoop {
 }
 
 impl LoopHandle {
+    /// Starts another loop, on a thread called `name` that the loop's own starts: what that one may not do it may
+    /// not either.
+    ///
+    /// # Errors
+    /// The loop has ended, or as [`IoLoop::spawn`].
+    pub fn spawn(&self, name: &str) -> io::Result<IoLoop> {
+        let name = name.to_owned();
+        self.endpoint
+            .call_blocking::<_, _, event_manager::Error>(move |_| Ok(IoLoop::spawn(&name)))
+            .map_err(io::Error::other)?
+    }
+
     /// Moves `task` into the loop and starts it; returns once it has started.
     ///
     /// # Errors

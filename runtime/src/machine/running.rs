@@ -21,6 +21,9 @@ use crate::timeline::Open;
 /// Time a guest without an agent has to end by itself, so that it can tell why: a kernel that panics restarts.
 pub(crate) const LOST_TIME: Duration = Duration::from_secs(2);
 
+/// What kills a process that makes a system call its filter denies.
+const SIGSYS: i32 = Signal::SIGSYS as i32;
+
 /// Our ends of the machine's console.
 #[derive(Debug)]
 pub struct Console {
@@ -162,7 +165,7 @@ impl Machine {
             (Some(exit), _) | (None, Ended::Exit(exit)) => Ok(exit),
             (None, ended) => {
                 Err(Failure::new(format!("machine {} ended abnormally: {}", self.id(), describe(&ended)))
-                    .help("run it again with --verbose; if it persists, report it with that output"))
+                    .help(help(&ended)))
             }
         }
     }
@@ -313,7 +316,20 @@ fn describe(ended: &Ended) -> String {
         Ended::Exit(exit) => exit.to_string(),
         Ended::FailedToStart => "it could not start and did not say why".to_owned(),
         Ended::Code(code) => format!("its process exited with {code}"),
+        Ended::Signal(SIGSYS) => {
+            "its process made a system call that it may not make (seccomp), and was killed".to_owned()
+        }
         Ended::Signal(signal) => format!("signal {signal} killed its process"),
+    }
+}
+
+fn help(ended: &Ended) -> &'static str {
+    match ended {
+        Ended::Signal(SIGSYS) => {
+            "either something took the process over, or this is a bug: report it with the line of the kernel's log that \
+             names the call (dmesg, type=1326)"
+        }
+        _ => "run it again with --verbose; if it persists, report it with that output",
     }
 }
 
@@ -366,5 +382,15 @@ pub(crate) mod tests {
     fn a_guest_that_powers_off_in_time_is_not_killed() {
         let ended = machine("/bin/true", 0).wait_at_most(Duration::from_secs(60));
         assert_eq!(ended.unwrap(), Exit::Shutdown);
+    }
+
+    #[test]
+    fn a_system_call_that_is_denied_is_told_from_other_signals() {
+        let mut machine = machine("/bin/sleep", 60);
+        kill(machine.child.pid, Signal::SIGSYS).unwrap();
+        let end = machine.wait().unwrap_err();
+        let text = end.report();
+        assert!(text.contains("made a system call that it may not make (seccomp)"), "{text}");
+        assert!(text.contains("type=1326"), "{text}");
     }
 }

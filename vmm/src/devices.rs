@@ -10,6 +10,7 @@ use mvm_devices::transport::{Parts, VirtioPci};
 use mvm_devices::virtio::{DeviceSpec, Spec};
 
 use crate::error::{Error, Result};
+use crate::jail::{self, Thread};
 use crate::kvm::Vm;
 use crate::msi::KvmMsi;
 use crate::pci_bus::{PciBus, Plugged};
@@ -21,14 +22,29 @@ const LEAVE_TIME: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Attacher {
     vm: Arc<Vm>,
-    /// Serves every device that is quick; exists once there is one. Others have one of their own.
+    /// Serves every device that is quick, and starts the loops that others have of their own: the main thread would have
+    /// to be allowed what they are.
     shared: Option<IoLoop>,
+}
+
+/// The loop that an [`Attacher`] needs. Better early: the thread gets its filter while the main thread makes a machine.
+pub(crate) fn shared_loop() -> Result<IoLoop> {
+    IoLoop::spawn_with("io", || jail::confine(Thread::Io)).map_err(Error::system("start the I/O loop"))
 }
 
 impl Attacher {
     /// Attaches to `vm`.
-    pub(crate) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, shared: None }
+    pub(crate) fn new(vm: Arc<Vm>, shared: Option<IoLoop>) -> Self {
+        Self { vm, shared }
+    }
+
+    /// The shared loop. To be called once before the main thread is confined, which may not be what it is.
+    pub(crate) fn shared(&mut self) -> Result<LoopHandle> {
+        let io_loop = match self.shared.take() {
+            Some(io_loop) => io_loop,
+            None => shared_loop()?,
+        };
+        Ok(self.shared.insert(io_loop).handle())
     }
 
     /// Builds the device that `spec` describes and puts it on `bus`. Returns its number there.
@@ -44,13 +60,14 @@ impl Attacher {
     /// Builds the device that `spec` describes.
     pub(crate) fn build(&mut self, spec: &DeviceSpec, files: &mut dyn FdSource) -> Result<Plugged> {
         let device = spec.build(files).map_err(|source| Error::Device(Box::new(source)))?;
+        let shared = self.shared()?;
         let (io_loop, handle) = if device.wants_own_loop() {
-            let own = IoLoop::spawn(&format!("io-{}", device.kind().name))
-                .map_err(Error::system("start an I/O loop"))?;
+            let own = shared.spawn(&format!("io-{}", device.kind().name));
+            let own = own.map_err(Error::system("start an I/O loop"))?;
             let handle = own.handle();
             (Some(own), handle)
         } else {
-            (None, self.shared()?)
+            (None, shared)
         };
         // One vector per queue and one for configuration changes.
         let vectors = u16::try_from(device.queues().len()).unwrap_or(u16::MAX).saturating_add(1);
@@ -61,14 +78,6 @@ impl Attacher {
         };
         let function = VirtioPci::new(device, parts).map_err(|source| Error::Device(Box::new(source)))?;
         Ok(Plugged { function, _io_loop: io_loop, serial: serial(spec).to_owned() })
-    }
-
-    fn shared(&mut self) -> Result<LoopHandle> {
-        let io_loop = match self.shared.take() {
-            Some(io_loop) => io_loop,
-            None => IoLoop::spawn("io").map_err(Error::system("start the I/O loop"))?,
-        };
-        Ok(self.shared.insert(io_loop).handle())
     }
 }
 

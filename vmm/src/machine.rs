@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 
 use kvm_ioctls::{Kvm, VcpuFd};
+use mvm_devices::io_loop::IoLoop;
 use mvm_devices::memory::Memory;
 use mvm_devices::pci::host_bridge::HostBridge;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -13,7 +14,7 @@ use crate::boot::{self, Entry, Images, Placed, Platform};
 use crate::bus::Bus;
 use crate::config::{Boot, DeviceSpec, MachineConfig, Restore, Start};
 use crate::cpuid::{self, Topology};
-use crate::devices::Attacher;
+use crate::devices::{self, Attacher};
 use crate::doorbell::Doorbells;
 use crate::ecam::Ecam;
 use crate::error::{Error, Result};
@@ -75,6 +76,7 @@ impl Machine {
         stages: &mut Stages,
     ) -> Result<Self> {
         let kvm = host::open(slots.take_for(config.kvm, "/dev/kvm")?)?;
+        let io_loop = (!config.devices.is_empty()).then(devices::shared_loop).transpose()?;
         match &config.start {
             Start::Boot(boot) => {
                 let features = SupportedCpuid::ask(&kvm)?; // wanted last
@@ -82,14 +84,15 @@ impl Machine {
                 let placed = load(config, boot, slots, &memory)?;
                 let backed = placed.images.into_iter().map(|range| Backed { range, file: None }).collect();
                 let ram = Ram { memory, backed, saved: None, source: None };
-                let mut machine = Self::assemble(config, slots, status, (kvm, ram, None), stages)?;
+                let mut machine = Self::assemble(config, (slots, io_loop), status, (kvm, ram, None), stages)?;
                 machine.add_vcpus(vcpus(&machine.vm, features, config.cpus.get(), placed.entry)?);
                 stages.vcpus_ns = now();
                 Ok(machine)
             }
             Start::Restore(restore) => {
                 let (state, ram) = read(config, restore, (slots, userfault), status)?;
-                let mut machine = Self::assemble(config, slots, status, (kvm, ram, Some(&state)), stages)?;
+                let mut machine =
+                    Self::assemble(config, (slots, io_loop), status, (kvm, ram, Some(&state)), stages)?;
                 machine.add_vcpus(restored_vcpus(&machine.vm, &state)?);
                 machine.vm.add_config_space(machine.bus.pci.ecam())?;
                 stages.vcpus_ns = now();
@@ -101,7 +104,7 @@ impl Machine {
     /// A machine without CPUs, with devices as configured, and as `saved` if it goes on from a snapshot.
     fn assemble(
         config: &MachineConfig,
-        slots: &mut Slots,
+        (slots, io_loop): (&mut Slots, Option<IoLoop>),
         status: &Arc<Stream>,
         (kvm, ram, saved): (Arc<Kvm>, Ram, Option<&MachineState>),
         stages: &mut Stages,
@@ -113,7 +116,7 @@ impl Machine {
 
         let pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
         pci.add_bridge(HostBridge::new())?;
-        let mut attacher = Attacher::new(Arc::clone(&vm));
+        let mut attacher = Attacher::new(Arc::clone(&vm), io_loop);
         for (index, spec) in config.devices.iter().enumerate() {
             let spec = &placed(spec, config);
             let function = saved.and_then(|saved| saved.functions.get(index));
@@ -169,12 +172,12 @@ impl Machine {
     }
 
     /// What can wait until the guest runs, which started like this.
-    pub(crate) fn complete(&self, start: &Start) -> Result<()> {
+    pub(crate) fn complete(&mut self, start: &Start) -> Result<()> {
         self.bus.pci.resume()?;
-        match start {
-            Start::Boot(_) => self.vm.add_config_space(self.bus.pci.ecam()),
-            Start::Restore(_) => Ok(()),
+        if let Start::Boot(_) = start {
+            self.vm.add_config_space(self.bus.pci.ecam())?;
         }
+        self.attacher.shared().map(drop)
     }
 
     /// What saving one of its CPUs takes.

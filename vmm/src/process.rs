@@ -10,7 +10,7 @@ use crate::config::{MAX_CONFIG_BYTES, MachineConfig, Restore, Start};
 use crate::error::{Error, Result, causes};
 use crate::exit::Exit;
 use crate::fds::{Slots, duplicate_above};
-use crate::jail;
+use crate::jail::{self, Thread};
 use crate::log;
 use crate::machine::{Machine, set_nonblocking};
 use crate::status::{Event, Stages, Stream, now};
@@ -21,17 +21,24 @@ use crate::userfault::Userfault;
 /// period in the host's kernel.
 const DESCRIPTORS: i32 = 255;
 
+/// Argument: calls that are not allowed are told to the kernel's log, and made. Nothing a guest can say is an argument.
+pub(crate) const LOG_ONLY: &str = "seccomp=log";
+
 /// Bytes that few configurations exceed.
 const USUAL_CONFIG_BYTES: usize = 4096;
 
 /// Runs the machine that descriptor 3 describes. Returns the process's exit code.
 ///
-/// The program's arguments are the number of slots that follow the configuration and, if more than warnings are to
-/// be logged, the level.
+/// The program's arguments are the number of slots that follow the configuration, then, if more than warnings are to
+/// be logged, the level, and [`LOG_ONLY`] if the jail is to tell rather than to hold.
 pub fn run() -> u8 {
     let mut stages = Stages { entered_ns: now(), ..Stages::default() };
-    let level = std::env::args().nth(2).and_then(|level| level.parse().ok());
+    let level = std::env::args().skip(2).find_map(|argument| argument.parse().ok());
     log::install(level.unwrap_or(::log::LevelFilter::Warn));
+    if std::env::args().skip(2).any(|argument| argument == LOG_ONLY) {
+        ::log::warn!("the machine's process may make any system call ({LOG_ONLY})");
+        jail::log_only();
+    }
     let mut slots = Slots::default();
     let config = match read_config(&mut slots) {
         Ok(config) => config,
@@ -81,6 +88,7 @@ fn run_machine(
     }
     // Never dropped: the process ends next, and taking its threads down in order would only take time.
     let mut supervisor = ManuallyDrop::new(Supervisor::new(config, machine, vcpus, &signals, control)?);
+    jail::confine(Thread::Main).map_err(Error::system("give up system calls"))?;
     Ok(supervisor.run())
 }
 

@@ -13,6 +13,7 @@ use crate::bus::Bus;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
 use crate::gate::{Gate, Pass};
+use crate::jail::{self, Thread};
 use crate::kvm::{Vm, failure};
 use crate::metrics::Counters;
 use crate::snapshot::vcpu::{SaveVcpu, VcpuState};
@@ -107,6 +108,10 @@ impl Vcpu {
     }
 
     fn run(mut self, received: &Receiver<Errand>) {
+        if let Err(error) = jail::confine(Thread::Vcpu) {
+            let detail = format!("cannot confine the thread of a virtual CPU: {error}");
+            return self.gate.finish(Exit::InternalError { detail });
+        }
         let first = AtomicBool::new(self.id == 0);
         let mut errands = 0;
         loop {

@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::pages::Backed;
 use crate::error::{Error, Result};
 use crate::exit::Exit;
+use crate::jail::{self, Thread};
 use crate::layout::PAGE_SIZE;
 use crate::memory::{self, Extent};
 use crate::status::{Event, Stream, now};
@@ -108,7 +109,8 @@ impl Source {
         let watch = Watch { socket, is_serving: Arc::clone(&self.is_serving), time: START_TIME };
         let status = Arc::clone(status);
         let watching = move || {
-            let exit = watch.end(&status).unwrap_or_else(|error| Exit::MemoryLost {
+            let ended = jail::confine(Thread::Memory).and_then(|()| watch.end(&status));
+            let exit = ended.unwrap_or_else(|error| Exit::MemoryLost {
                 detail: format!("cannot watch whoever has the memory: {error}"),
             });
             let code = exit.code();

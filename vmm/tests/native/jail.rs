@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use mvm_vmm::flat::Program;
 use nix::unistd::Uid;
 
-use crate::{Vm, run};
+use crate::{Vm, disk, launch, run};
 
 impl Vm {
     /// The user it has become.
@@ -79,5 +80,43 @@ fn a_machine_is_not_dumped_has_no_environment_and_no_descriptors_but_its_own() {
         let to = fs::read_link(&path).unwrap();
         let kind = fs::metadata(&path).unwrap();
         assert!(!kind.is_dir(), "{to:?} is a directory, and leads elsewhere");
+    }
+}
+
+/// Threads by name, with the fields of their status. KVM's own are left out: they never leave the kernel.
+fn threads(vm: &Vm) -> Vec<(String, BTreeMap<String, String>)> {
+    let tasks = fs::read_dir(vm.proc("task")).unwrap();
+    // Short-lived ones may be gone by now.
+    let texts = tasks.filter_map(|entry| fs::read_to_string(entry.unwrap().path().join("status")).ok());
+    let fields = texts.map(|text| {
+        let fields = text.lines().filter_map(|line| line.split_once(':'));
+        fields.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect::<BTreeMap<_, _>>()
+    });
+    let named = fields.map(|fields| (fields["Name"].clone(), fields));
+    named.filter(|(name, _)| !name.starts_with("kvm-")).collect()
+}
+
+#[test]
+fn sec_01_every_thread_of_a_machine_has_one_filter_of_its_own() {
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(1 << 20).unwrap();
+    let mut vm = launch(&Program::Halt.image(), |config, files| {
+        config.cpus = 2.try_into().unwrap();
+        config.devices.push(serde_json::from_value(serde_json::json!({"type": "rng"})).unwrap());
+        let disk = serde_json::json!({"type": "block", "disk": files.add(image.try_clone().unwrap())});
+        config.devices.push(serde_json::from_value(disk).unwrap());
+    });
+    vm.wait_for_guest();
+    let other = tempfile::tempfile().unwrap();
+    other.set_len(1 << 20).unwrap();
+    // Answered by a thread that is confined, and by then all threads have begun.
+    vm.control.call_with(&disk("later"), &[other.as_fd()]).unwrap();
+    let threads = threads(&vm);
+    let mut names: Vec<_> = threads.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["io", "io-block", "io-block", "mvm-vmm", "vcpu0", "vcpu1"]);
+    for (name, status) in &threads {
+        let fields = ["Seccomp", "Seccomp_filters", "NoNewPrivs"].map(|field| status[field].as_str());
+        assert_eq!(fields, ["2", "1", "1"], "{name}");
     }
 }

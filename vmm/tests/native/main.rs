@@ -367,6 +367,8 @@ fn a_machine_has_the_descriptors_it_was_given_and_no_environment() {
         "anon_inode",
         "anon_inode",
         "anon_inode",
+        "anon_inode",
+        "anon_inode",
         "pipe",
         "socket",
         "socket",
@@ -375,7 +377,10 @@ fn a_machine_has_the_descriptors_it_was_given_and_no_environment() {
         .iter()
         .map(|link| if link.starts_with("anon_inode") { "anon_inode" } else { link.as_str() })
         .collect();
-    assert_eq!(kinds, expected, "machine, vCPU, event, epoll, signals; status; control and its client");
+    assert_eq!(
+        kinds, expected,
+        "machine, vCPU, event, epoll, signals, I/O loop and its event; status; control and its client"
+    );
     assert_eq!(std::fs::read(process.join("environ")).unwrap(), b"");
     vm.control.call(&Request::Stop).unwrap();
     assert_eq!(vm.end().1, Ended::Exit(Exit::Stopped));

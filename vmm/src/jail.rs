@@ -51,7 +51,7 @@ pub(crate) fn log_only() {
 pub(crate) fn confine(thread: Thread) -> io::Result<()> {
     let denied =
         if LOG_ONLY.load(Ordering::Relaxed) { SeccompAction::Log } else { SeccompAction::KillProcess };
-    seccompiler::apply_filter(&filter::program(thread, &denied)).map_err(io::Error::other)
+    seccompiler::apply_filter(&filter::program(thread, &denied)?).map_err(io::Error::other)
 }
 
 /// Gives everything up; with `root` also user, groups and root directory, which takes root to do. To be called before

@@ -23,7 +23,7 @@ const MISSING: u32 = 0x0005_0000 | libc::ENOSYS.unsigned_abs();
 const X32: i64 = 0x4000_0000;
 
 pub(super) fn program(thread: Thread) -> Vec<sock_filter> {
-    filter::program(thread, &SeccompAction::KillProcess)
+    filter::program(thread, &SeccompAction::KillProcess).unwrap()
 }
 
 /// The rows of `thread`.

@@ -177,7 +177,7 @@ fn sec_05_06_arguments_are_held_to_the_table() {
 
 #[test]
 fn a_filter_that_only_logs_prevents_nothing() {
-    let program = filter::program(Thread::Vcpu, &SeccompAction::Log);
+    let program = filter::program(Thread::Vcpu, &SeccompAction::Log).unwrap();
     let status = calling(&program, libc::SYS_getuid, [0; 6]);
     assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
 }
@@ -285,7 +285,7 @@ fn cost_of_a_filter() {
             std::hint::black_box(program(thread));
             begun.elapsed()
         });
-        let logging = filter::program(thread, &SeccompAction::Log);
+        let logging = filter::program(thread, &SeccompAction::Log).unwrap();
         let install = (0..TIMES).map(|_| {
             let program = logging.clone();
             let confined = std::thread::spawn(move || {

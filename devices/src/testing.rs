@@ -5,6 +5,8 @@
 
 pub mod conformance;
 mod driver;
+pub mod hostile;
+pub mod load;
 pub mod pci;
 
 use std::collections::BTreeMap;
@@ -17,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::device::{EventSet, VirtioDevice, Watch};
 use crate::interrupt::Interrupt;
 use crate::memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory};
-use crate::ring::RingState;
+use crate::ring::{RingCounters, RingState};
 use crate::task::{DeviceTask, TaskParts};
 
 pub use driver::{Descriptor, Driver, Posted};
@@ -52,6 +54,22 @@ pub fn copy(memory: &Memory) -> Arc<Memory> {
         }
     }
     copy
+}
+
+/// Pages of a test guest's memory that somebody touched, by their addresses.
+pub fn touched(memory: &Memory) -> Vec<u64> {
+    let mut pages = Vec::new();
+    for region in memory.iter() {
+        let mut there = vec![0u8; (region.mapped() / 4096) as usize];
+        let len = there.len() * 4096;
+        // SAFETY: the region is mapped as long as it is borrowed, and the list has a byte for each of its pages.
+        #[allow(unsafe_code)]
+        let done = unsafe { libc::mincore(region.as_ptr().cast(), len, there.as_mut_ptr()) };
+        assert_eq!(done, 0, "a mapped region");
+        let at = (region.start_addr().0..).step_by(4096);
+        pages.extend(at.zip(there).filter(|(_, there)| there & 1 != 0).map(|(at, _)| at));
+    }
+    pages
 }
 
 /// Records what a device told its driver.
@@ -117,6 +135,7 @@ pub struct Harness {
     recorder: Arc<Recorder>,
     watched: Watched,
     memory: Arc<Memory>,
+    counters: RingCounters,
 }
 
 impl Harness {
@@ -133,9 +152,10 @@ impl Harness {
         let mut drivers = Vec::new();
         let mut rings = Vec::new();
         let mut kicks = Vec::new();
+        let counters = RingCounters::default();
         for (index, size) in (0u16..).zip(device.queues()) {
             let driver = Driver::new(index, *size, Arc::clone(&memory), event_idx);
-            rings.push(Some(driver.ring()));
+            rings.push(Some(driver.ring_with(counters.clone())));
             drivers.push(driver);
             kicks.push(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
         }
@@ -149,7 +169,7 @@ impl Harness {
         });
         let mut watched = Watched::default();
         task.start(&mut watched);
-        Self { task, drivers, kicks, recorder, watched, memory }
+        Self { task, drivers, kicks, recorder, watched, memory, counters }
     }
 
     /// The guest's memory.
@@ -212,6 +232,16 @@ impl Harness {
         self.watched.clear();
         self.task.start(&mut self.watched);
         self.settle();
+    }
+
+    /// What the device's rings count, over all of them.
+    pub fn counters(&self) -> &RingCounters {
+        &self.counters
+    }
+
+    /// How many queues there are.
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.drivers.len()).unwrap()
     }
 
     /// How many files besides the queues' kicks are watched.

@@ -74,6 +74,16 @@ impl Driver {
         HIGH + u64::from(index) * (1 << 20)
     }
 
+    /// Entries of the queue.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Address of the mebibyte that its buffers lie in.
+    pub fn buffers_at(&self) -> u64 {
+        Self::buffers(self.index)
+    }
+
     /// Guest memory.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
@@ -108,9 +118,14 @@ impl Driver {
 
     /// The device's side of this queue.
     pub fn ring(&self) -> Ring {
+        self.ring_with(RingCounters::default())
+    }
+
+    /// The device's side of this queue, which counts here.
+    pub fn ring_with(&self, counters: RingCounters) -> Ring {
         let options =
             RingOptions { index: self.index, max_size: self.size, event_idx: self.event_idx, indirect: true };
-        Ring::new(self.registers(), options, Arc::clone(&self.memory), RingCounters::default()).unwrap()
+        Ring::new(self.registers(), options, Arc::clone(&self.memory), counters).unwrap()
     }
 
     /// Posts a chain: `readable` buffers with their bytes, then `writable` buffers of these sizes.
@@ -191,6 +206,11 @@ impl Driver {
     pub fn set_available_index(&mut self, index: u16) {
         self.available = index;
         self.memory.write_obj(index, GuestAddress(self.available_ring() + 2)).unwrap();
+    }
+
+    /// Moves the available index on by `entries`, with nothing offered.
+    pub fn jump(&mut self, entries: u16) {
+        self.set_available_index(self.available.wrapping_add(entries));
     }
 
     /// Sets `used_event`: notify me once the used index has passed `index`.

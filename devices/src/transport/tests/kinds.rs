@@ -6,11 +6,11 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use super::load::{self, Load};
 use crate::device::VirtioDevice;
 use crate::fd::FdSlot;
 use crate::memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memory};
 use crate::pci::PciFunction;
+use crate::testing::load::{self, Load};
 use crate::testing::pci::PciDriver;
 use crate::testing::{Driver, Posted, copy};
 use crate::virtio::{DeviceSpec, Spec, mem, net};

@@ -6,7 +6,6 @@
 mod discovery;
 mod hostile;
 mod kinds;
-mod load;
 mod matrix;
 mod model;
 mod negotiation;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-use super::super::load::{self, Load};
 use super::{Guest, Point, afresh, prepare};
 use crate::memory::Memory;
+use crate::testing::load::{self, Load};
 use crate::testing::pci::PciDriver;
 use crate::transport::State;
 

@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::count;
-use super::load::{self, Load};
 use crate::memory::{Bytes, GuestAddress, Memory};
+use crate::testing::load::{self, Load};
 use crate::testing::pci::PciDriver;
 use crate::testing::{Driver, Posted, copy};
 use crate::transport::State;

@@ -1,11 +1,16 @@
 //! What a driver asks of each kind of device, and what the host can tell of it afterwards.
 
+mod mem;
+mod vsock;
+
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{PipeReader, Read};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::counter::Counter;
 use crate::device::VirtioDevice;
@@ -13,7 +18,9 @@ use crate::fd::FdSlot;
 use crate::memory::{Bytes, GuestAddress};
 use crate::sys;
 use crate::testing::{Driver, Posted};
-use crate::virtio::{DeviceSpec, Spec, block, mem, net};
+use crate::virtio::{DeviceSpec, Spec, balloon, block, console, net, rng};
+use mem::Mem;
+use vsock::Vsock;
 
 /// Bytes of a request's part of the back end.
 const SECTOR: usize = 512;
@@ -23,7 +30,7 @@ const PAGE: u32 = 0x40_0000 / 4096;
 const ROOM: u16 = 1024;
 
 /// One kind of device at work.
-pub(super) trait Load {
+pub trait Load {
     /// A new device on the host's side as it is now.
     fn device(&mut self) -> Box<dyn VirtioDevice>;
     /// The queue that requests go to.
@@ -34,10 +41,26 @@ pub(super) trait Load {
     fn check(&mut self, driver: &Driver, number: u16, posted: &Posted, len: u32);
     /// How many requests all devices together have carried out, if the host can tell. They came in order.
     fn carried_out(&mut self) -> Option<u64>;
+
+    /// Posts request `number` to a device that a hostile driver had before: one that any state of it answers alike.
+    fn probe(&self, driver: &mut Driver, number: u16) -> Posted {
+        self.post(driver, number)
+    }
+
+    /// Probe `number` was answered rightly.
+    fn check_probe(&mut self, driver: &Driver, number: u16, posted: &Posted, len: u32) {
+        self.check(driver, number, posted, len);
+    }
+
+    /// Something happens on the host's side: which, and how much of it.
+    fn host(&mut self, _what: u8, _much: u16) {}
+
+    /// The host's side is as a guest must leave it.
+    fn intact(&self) {}
 }
 
 /// All kinds by their names.
-pub(super) fn all() -> Vec<(&'static str, Box<dyn Load>)> {
+pub fn all() -> Vec<(&'static str, Box<dyn Load>)> {
     vec![
         ("block", Box::new(Disk::new())),
         ("console", Box::new(Terminal::new())),
@@ -45,17 +68,16 @@ pub(super) fn all() -> Vec<(&'static str, Box<dyn Load>)> {
         ("rng", Box::new(Entropy)),
         ("balloon", Box::new(Balloon::default())),
         ("mem", Box::new(Mem::default())),
-        ("vsock", Box::new(Vsock)),
+        ("vsock", Box::new(Vsock::default())),
     ]
 }
 
 /// The kind called `name`.
-pub(super) fn named(name: &str) -> Box<dyn Load> {
+pub fn named(name: &str) -> Box<dyn Load> {
     all().into_iter().find(|(own, _)| *own == name).unwrap().1
 }
 
-fn build(config: &str, files: Vec<(u32, OwnedFd)>) -> Box<dyn VirtioDevice> {
-    let spec: DeviceSpec = serde_json::from_str(config).unwrap();
+fn build(spec: &DeviceSpec, files: Vec<(u32, OwnedFd)>) -> Box<dyn VirtioDevice> {
     let mut files: HashMap<FdSlot, OwnedFd> =
         files.into_iter().map(|(slot, file)| (FdSlot(slot), file)).collect();
     spec.build(&mut files).unwrap()
@@ -93,7 +115,7 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let image = tempfile::tempfile().unwrap();
+        let image = File::from(memfd_create(c"disk", MFdFlags::MFD_CLOEXEC).unwrap());
         image.set_len(u64::from(ROOM) * 512).unwrap();
         Self { image, writes: Counted::new("writes") }
     }
@@ -101,8 +123,14 @@ impl Disk {
 
 impl Load for Disk {
     fn device(&mut self) -> Box<dyn VirtioDevice> {
-        let config = r#"{"type":"block","disk":3,"cache":"unsafe"}"#;
-        let device = build(config, vec![(3, self.image.try_clone().unwrap().into())]);
+        let spec = DeviceSpec::Block(block::Config {
+            disk: FdSlot(3),
+            read_only: false,
+            serial: String::new(),
+            queues: 1,
+            cache: block::Cache::Unsafe,
+        });
+        let device = build(&spec, vec![(3, self.image.try_clone().unwrap().into())]);
         assert!(matches!(device.state(), crate::virtio::DeviceState::Block(block::State { .. })));
         self.writes.watch(device.as_ref());
         device
@@ -129,27 +157,45 @@ impl Load for Disk {
     fn carried_out(&mut self) -> Option<u64> {
         Some(self.writes.sum())
     }
+
+    fn intact(&self) {
+        assert_eq!(
+            self.image.metadata().unwrap().len(),
+            u64::from(ROOM) * 512,
+            "the disk's file keeps its length"
+        );
+    }
 }
 
 /// Prints a byte a request.
 struct Terminal {
     reader: PipeReader,
     output: OwnedFd,
+    input: OwnedFd,
+    typist: PipeWriter,
     seen: u64,
 }
 
 impl Terminal {
     fn new() -> Self {
         let (reader, output) = std::io::pipe().unwrap();
+        let (input, typist) = std::io::pipe().unwrap();
         sys::file::set_nonblocking(reader.as_fd()).unwrap();
-        Self { reader, output: output.into(), seen: 0 }
+        sys::file::set_nonblocking(typist.as_fd()).unwrap();
+        Self { reader, output: output.into(), input: input.into(), typist, seen: 0 }
     }
 }
 
 impl Load for Terminal {
     fn device(&mut self) -> Box<dyn VirtioDevice> {
-        let config = r#"{"type":"console","output":4,"unlimited":true}"#;
-        build(config, vec![(4, self.output.try_clone().unwrap())])
+        let spec = DeviceSpec::Console(console::Config {
+            input: Some(FdSlot(3)),
+            output: FdSlot(4),
+            unlimited: true,
+            size: None,
+        });
+        let files = [(3, &self.input), (4, &self.output)];
+        build(&spec, files.map(|(slot, file)| (slot, file.try_clone().unwrap())).into())
     }
 
     fn queue(&self) -> u16 {
@@ -173,6 +219,15 @@ impl Load for Terminal {
             self.seen += 1;
         }
         Some(self.seen)
+    }
+
+    fn host(&mut self, what: u8, much: u16) {
+        if what & 1 == 0 {
+            // A typist whose terminal is full waits.
+            let _ = self.typist.write(&vec![b'x'; usize::from(much % 8192)]);
+        } else {
+            let _ = self.reader.read(&mut vec![0; usize::from(much)]);
+        }
     }
 }
 
@@ -232,6 +287,15 @@ impl Load for Card {
         }
         Some(self.sent.len() as u64)
     }
+
+    fn host(&mut self, what: u8, much: u16) {
+        let packet = vec![what & 1; usize::from(much)];
+        match &self.wire {
+            // What the socket has no room for is lost, as on any wire.
+            Some(wire) if what < 0xf0 => drop(nix::unistd::write(wire, &packet)),
+            _ => self.drain(),
+        }
+    }
 }
 
 /// Asks for random bytes.
@@ -239,7 +303,7 @@ struct Entropy;
 
 impl Load for Entropy {
     fn device(&mut self) -> Box<dyn VirtioDevice> {
-        build(r#"{"type":"rng"}"#, Vec::new())
+        build(&DeviceSpec::Rng(rng::Config {}), Vec::new())
     }
 
     fn queue(&self) -> u16 {
@@ -273,7 +337,7 @@ impl Default for Balloon {
 
 impl Load for Balloon {
     fn device(&mut self) -> Box<dyn VirtioDevice> {
-        let device = build(r#"{"type":"balloon"}"#, Vec::new());
+        let device = build(&DeviceSpec::Balloon(balloon::Config::default()), Vec::new());
         self.inflated.watch(device.as_ref());
         device
     }
@@ -296,79 +360,5 @@ impl Load for Balloon {
 
     fn carried_out(&mut self) -> Option<u64> {
         Some(self.inflated.sum())
-    }
-}
-
-/// Plugs a block a request.
-struct Mem {
-    plugged: Counted,
-}
-
-impl Default for Mem {
-    fn default() -> Self {
-        Self { plugged: Counted::new("plugged_blocks") }
-    }
-}
-
-impl Load for Mem {
-    fn device(&mut self) -> Box<dyn VirtioDevice> {
-        let config = mem::Config { size_mib: u64::from(ROOM) * 2, address: 1 << 32 };
-        let device = config.build(&mut HashMap::new()).unwrap();
-        let all = u64::from(ROOM) * mem::BLOCK;
-        mem::request(&device.config().unwrap(), all, all);
-        self.plugged.watch(device.as_ref());
-        device
-    }
-
-    fn queue(&self) -> u16 {
-        0
-    }
-
-    fn post(&self, driver: &mut Driver, number: u16) -> Posted {
-        let mut request = [0; 24];
-        let address = (1 << 32) + u64::from(number) * mem::BLOCK;
-        request[8..16].copy_from_slice(&address.to_le_bytes());
-        request[16] = 1;
-        driver.post(&[&request], &[10])
-    }
-
-    fn check(&mut self, driver: &Driver, _: u16, posted: &Posted, len: u32) {
-        assert_eq!((len, driver.written(posted)), (10, vec![0; 10]));
-    }
-
-    fn carried_out(&mut self) -> Option<u64> {
-        Some(self.plugged.sum())
-    }
-}
-
-/// Ends connections that there are not, which asks for no answer.
-struct Vsock;
-
-impl Load for Vsock {
-    fn device(&mut self) -> Box<dyn VirtioDevice> {
-        build(r#"{"type":"vsock","guest_cid":3}"#, Vec::new())
-    }
-
-    fn queue(&self) -> u16 {
-        1
-    }
-
-    fn post(&self, driver: &mut Driver, number: u16) -> Posted {
-        let mut header = [0; 44];
-        header[0] = 3; // from the guest
-        header[8] = 2; // to the host
-        header[16..18].copy_from_slice(&number.to_le_bytes());
-        header[20] = 1;
-        header[28] = 1; // a stream
-        header[30] = 3; // VIRTIO_VSOCK_OP_RST
-        driver.post(&[&header], &[])
-    }
-
-    fn check(&mut self, _: &Driver, _: u16, _: &Posted, len: u32) {
-        assert_eq!(len, 0);
-    }
-
-    fn carried_out(&mut self) -> Option<u64> {
-        None
     }
 }

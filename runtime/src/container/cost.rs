@@ -26,19 +26,20 @@ impl Cost {
 
     /// All of it.
     pub fn total_kib(&self) -> u64 {
-        self.guest_private_kib + self.guest_shared_kib + self.vmm_kib
+        self.guest_private_kib.saturating_add(self.guest_shared_kib).saturating_add(self.vmm_kib)
     }
 
-    fn sum(smaps: &str, memory_bytes: u64) -> Self {
+    pub(crate) fn sum(smaps: &str, memory_bytes: u64) -> Self {
         let mappings = mappings(smaps);
         let guest = guest_range(&mappings, memory_bytes);
         let mut cost = Self::default();
+        let add = |sum: &mut u64, kib| *sum = sum.saturating_add(kib);
         for mapping in &mappings {
             if guest.is_some_and(|(start, end)| start <= mapping.start && mapping.end <= end) {
-                cost.guest_private_kib += mapping.anonymous;
-                cost.guest_shared_kib += mapping.pss.saturating_sub(mapping.anonymous);
+                add(&mut cost.guest_private_kib, mapping.anonymous);
+                add(&mut cost.guest_shared_kib, mapping.pss.saturating_sub(mapping.anonymous));
             } else {
-                cost.vmm_kib += mapping.pss;
+                add(&mut cost.vmm_kib, mapping.pss);
             }
         }
         cost
@@ -86,7 +87,7 @@ fn guest_range(mappings: &[Mapping], memory_bytes: u64) -> Option<(u64, u64)> {
             _ => Some((mapping.start, mapping.end)),
         };
         if let Some((start, end)) = run
-            && end - start >= memory_bytes.min(1 << 30)
+            && end.saturating_sub(start) >= memory_bytes.min(1 << 30)
         {
             best = Some((start, end));
         }
@@ -121,5 +122,14 @@ Anonymous:            12 kB
         let cost = Cost::sum(SMAPS, 4 << 20);
         assert_eq!(cost, Cost { guest_private_kib: 1250, guest_shared_kib: 400, vmm_kib: 312 });
         assert_eq!(cost.total_kib(), 1962);
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_as_much_as_there_can_be() {
+        let text = "2000-1000 rw-p\nPss: 18446744073709551615 kB\n3000-2000 r--p\nPss: 9 kB\n";
+        assert_eq!(Cost::sum(text, 4096), Cost { vmm_kib: u64::MAX, ..Cost::default() });
+        let text =
+            "1000-2000 rw-p\nPss: 9 kB\nAnonymous: 18446744073709551615 kB\n2000-3000 rw-p\nPss: 9 kB\n";
+        assert_eq!(Cost::sum(text, 4096).total_kib(), u64::MAX);
     }
 }

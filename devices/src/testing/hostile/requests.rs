@@ -86,8 +86,8 @@ const PAGE: u32 = 0x40_0000 / 4096;
 
 fn balloon(variety: u8, value: u32) -> Request {
     let page = if variety & 0x40 == 0 { PAGE + value % 512 } else { value };
-    let pages: Vec<u8> =
-        (page..).take(1 + usize::from(variety >> 3 & 7)).flat_map(u32::to_le_bytes).collect();
+    let count = u32::from(variety >> 3 & 7) + 1;
+    let pages: Vec<u8> = (0..count).flat_map(|n| page.wrapping_add(n).to_le_bytes()).collect();
     match variety % 8 {
         0 | 1 => Request::read(0, [pages], []),
         2 => Request::read(1, [pages], []),
@@ -123,9 +123,10 @@ fn vsock(variety: u8, value: u32) -> Request {
     let (from, to) = (1000 + value % 4, 1024 + (value >> 2) % 2);
     let len = if op == 5 { value >> 4 & 0xfff } else { 0 };
     let (credit, forwarded) = (value | 1 << 12, value >> 20);
+    let guest = if variety >> 4 & 3 == 2 { 4u64 } else { 3 };
     let lies = u32::from(variety >> 4 & 3 == 3);
     let header = [
-        &3u64.to_le_bytes()[..],
+        &guest.to_le_bytes()[..],
         &2u64.to_le_bytes(),
         &from.to_le_bytes(),
         &to.to_le_bytes(),

@@ -30,7 +30,7 @@ pub fn own(controller: &str) -> Option<Own> {
     find(&fs::read_to_string("/proc/self/cgroup").ok()?, controller)
 }
 
-fn find(text: &str, controller: &str) -> Option<Own> {
+pub(crate) fn find(text: &str, controller: &str) -> Option<Own> {
     let of = |wanted: &str| {
         text.lines().find_map(|line| {
             let mut parts = line.splitn(3, ':').skip(1);

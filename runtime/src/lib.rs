@@ -8,6 +8,8 @@ mod digest;
 pub mod doctor;
 pub mod erofs;
 pub mod failure;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod hex;
 pub mod image;

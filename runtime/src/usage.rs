@@ -58,7 +58,7 @@ pub fn available() -> io::Result<i64> {
 }
 
 /// The free pages in the lists of all CPUs, in kB.
-fn kept_by_cpus(zoneinfo: &str) -> i64 {
+pub(crate) fn kept_by_cpus(zoneinfo: &str) -> i64 {
     let counts = zoneinfo.lines().filter_map(|line| line.trim_start().strip_prefix("count:"));
     let pages = counts.filter_map(|count| count.trim().parse::<i64>().ok());
     pages.fold(0, i64::saturating_add).saturating_mul(PAGE_KIB)
@@ -99,7 +99,7 @@ impl KernelMemory {
     }
 
     /// Older kernels do not count all of it: what is missing is 0.
-    fn of(meminfo: &str) -> Self {
+    pub(crate) fn of(meminfo: &str) -> Self {
         let part = |name| field(meminfo, name).unwrap_or(0);
         Self {
             stacks: part("KernelStack:"),
@@ -138,7 +138,7 @@ pub fn time_of(directory: &Path) -> io::Result<Duration> {
 }
 
 /// Fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms on every Linux; the name before them may hold anything.
-fn parse_stat(stat: &str) -> Option<Duration> {
+pub(crate) fn parse_stat(stat: &str) -> Option<Duration> {
     let (_, fields) = stat.rsplit_once(')')?;
     let mut ticks = fields.split_whitespace().skip(11).map(str::parse::<u64>);
     let (user, system) = (ticks.next()?.ok()?, ticks.next()?.ok()?);

@@ -22,6 +22,8 @@ mod error;
 pub mod exit;
 mod fds;
 pub mod flat;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod gate;
 mod jail;
 pub mod kvm;

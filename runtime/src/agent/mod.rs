@@ -12,6 +12,8 @@ mod client;
 mod clock;
 mod containers;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod held;
 mod hello;
 mod identity;

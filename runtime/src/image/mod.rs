@@ -14,6 +14,8 @@ mod digest;
 mod directory;
 mod docker;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod host_xattr;
 mod layer;
 pub mod limits;

@@ -19,7 +19,7 @@ pub(super) fn resolv_conf(servers: &[IpAddr]) -> Option<String> {
 }
 
 /// A host's configuration without name servers that are the host itself; `None` if none is left.
-fn reachable(text: &str) -> Option<String> {
+pub(super) fn reachable(text: &str) -> Option<String> {
     let server = |line: &str| {
         let mut words = line.split_whitespace();
         (words.next() == Some("nameserver")).then(|| words.next().and_then(|ip| ip.parse::<IpAddr>().ok()))

@@ -9,6 +9,8 @@ mod choice;
 mod connection;
 mod dns;
 mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod netlink;
 mod netns;
 mod nft;

@@ -3,6 +3,8 @@
 //! One socket belongs to the network name space of the thread that opened it.
 
 mod address;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzzing;
 mod link;
 mod message;
 mod route;

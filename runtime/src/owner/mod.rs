@@ -9,7 +9,7 @@ mod log;
 mod output;
 mod save;
 mod serve;
-mod wire;
+pub(crate) mod wire;
 
 pub use client::{Client, Control, Started};
 pub use exit_code::{FAILED, Refused, exit_code};

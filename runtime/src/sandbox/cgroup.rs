@@ -19,7 +19,7 @@ const CONTROLLERS_2: [&str; 5] = ["cpu", "cpuset", "memory", "io", "pids"];
 
 /// A mounted hierarchy of control groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Hierarchy {
+pub(crate) struct Hierarchy {
     root: PathBuf,
     kind: Kind,
 }
@@ -48,7 +48,7 @@ pub(super) fn join(given: &Path, ledger: &Ledger, pid: u32) {
 }
 
 /// The hierarchies that account: those of version 1 if there are any with controllers, else version 2.
-fn hierarchies(mounts: &str) -> Vec<Hierarchy> {
+pub(crate) fn hierarchies(mounts: &str) -> Vec<Hierarchy> {
     let (mut ones, mut twos) = (Vec::new(), Vec::new());
     for (fields, rest) in mounts.lines().filter_map(|line| line.split_once(" - ")) {
         let Some(root) = fields.split(' ').nth(4).map(PathBuf::from) else { continue };
@@ -69,7 +69,7 @@ fn hierarchies(mounts: &str) -> Vec<Hierarchy> {
 
 /// The place a specification means, below the root of a hierarchy: a path, or `slice:prefix:name` of systemd, which
 /// is a scope in a slice whose name says which slices it is in.
-fn place(given: &Path) -> Option<PathBuf> {
+pub(crate) fn place(given: &Path) -> Option<PathBuf> {
     let text = given.to_str()?;
     let path = match text.split(':').collect::<Vec<_>>().as_slice() {
         [slice, prefix, name] if !text.starts_with('/') => {

@@ -25,6 +25,8 @@ mod volumes;
 mod wiring;
 mod write_back;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use cgroup::{hierarchies, place};
 pub use launcher::MachineLauncher;
 
 use std::path::{Path, PathBuf};

@@ -19,6 +19,8 @@
 //! the layers of the image.
 
 mod checkpoint;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod make;
 mod manifest;
 mod packed;

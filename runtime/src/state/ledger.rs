@@ -17,7 +17,7 @@ use crate::failure::{Context, Failure};
 use crate::net::{TwinTrace, remove_forward, sweep_leases};
 
 /// Name of a ledger in the directory it is about.
-const NAME: &str = "ledger";
+pub(super) const NAME: &str = "ledger";
 /// Largest ledger that is read, in bytes.
 const MAX_LEDGER: u64 = 4 << 20;
 /// Longest wait for a process that was killed to be gone: until then it has what it had.

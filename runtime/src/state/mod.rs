@@ -16,6 +16,8 @@
 //! its lock: whoever takes it then knows that the ledger must be settled.
 
 pub mod events;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod gc;
 mod ledger;
 mod lock;

@@ -18,6 +18,8 @@
 //! files stay until they end.
 
 mod choice;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod make;
 mod manifest;
 mod processor;

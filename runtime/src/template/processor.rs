@@ -26,7 +26,7 @@ pub(crate) fn processor() -> io::Result<String> {
 }
 
 /// The first processor of a `/proc/cpuinfo`.
-fn describe(cpuinfo: &str) -> String {
+pub(super) fn describe(cpuinfo: &str) -> String {
     let first = cpuinfo.split("\n\n").next().unwrap_or_default();
     let field = |wanted: &str| {
         let mut pairs = first.lines().filter_map(|line| line.split_once(':'));

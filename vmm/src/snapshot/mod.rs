@@ -12,6 +12,8 @@
 pub(crate) mod base;
 mod changes;
 mod format;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub(crate) mod host;
 mod huge;
 pub(crate) mod pages;

@@ -4,6 +4,7 @@
 #   make test     everything: formatting, lints, unit and property tests, end-to-end tests
 #   make check    formatting and lints alone
 #   make conformance  what VIRTIO asks of devices, row by row, and whether they do it
+#   make fuzz     every fuzz target for SECONDS=20    (TARGETS='block layer …' some of them)
 #   make containerd containerd's suites whole: every generation that Debian has, runc besides mvm
 #   make transcript  from a machine with containerd to pods in machines, step by step
 #   make bench    the figures, as ratios in one run       (ONLY=id,… runs some of them)
@@ -17,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install uninstall manual deb demo check test unit conformance e2e containerd containerd-quick transcript bench lab clean
+.PHONY: help setup kernel build install uninstall manual deb demo check test unit conformance fuzz e2e containerd containerd-quick transcript bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -86,6 +87,15 @@ unit: setup
 # The tests it runs are among those of `make unit`, and so is one that every row names some: `make test` needs no more.
 conformance:
 	@$(CARGO) run -q -p mvm-devices --features testing --example conformance
+
+# An instrumented build of its own, which the pinned toolchain makes: what the compiler inserts is what libFuzzer reads.
+# What the seeds reach is checked by `make unit` without it.
+FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
+SECONDS ?= 20
+fuzz: setup
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build -q -p mvm-fuzz --features libfuzzer --target-dir target/fuzz
+	@target/fuzz/x86_64-unknown-linux-gnu/debug/mvm-fuzz run target/fuzz/campaign $(SECONDS) $(TARGETS)
 
 # A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build

@@ -242,7 +242,16 @@ impl Owned {
         for name in [RECORD, CONTROL] {
             gone(fs::remove_file(self.directory.join(name)))?;
         }
-        gone(fs::remove_dir_all(&self.directory))
+        // The lock last: for as long as anything else is there, somebody can take it over.
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            if entry.file_name() != LOCK {
+                let remove = if entry.file_type()?.is_dir() { fs::remove_dir_all } else { fs::remove_file };
+                gone(remove(entry.path()))?;
+            }
+        }
+        gone(fs::remove_file(self.directory.join(LOCK)))?;
+        gone(fs::remove_dir(&self.directory))
     }
 }
 
@@ -266,6 +275,8 @@ fn see(directory: PathBuf) -> Option<Seen> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
     use super::*;
 
     fn home() -> (tempfile::TempDir, Home) {
@@ -307,6 +318,26 @@ mod tests {
         assert!(Owned::take(owned.path()).unwrap().is_none(), "it is owned");
         owned.remove().unwrap();
         assert!(home.create("a").is_ok());
+    }
+
+    #[test]
+    fn a_lock_goes_after_everything_that_it_protects() {
+        let (_dir, home) = home();
+        let owned = home.create("a").unwrap();
+        let path = owned.path().to_owned();
+        for name in ('a'..='z').map(String::from) {
+            fs::write(path.join(name), "").unwrap();
+        }
+        let watch = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        watch.add_watch(&path, AddWatchFlags::IN_DELETE).unwrap();
+        owned.remove().unwrap();
+        let mut removed = Vec::new();
+        while let Ok(events) = watch.read_events() {
+            removed.extend(events.into_iter().filter_map(|event| event.name));
+        }
+        assert_eq!(removed.last().map(|name| name.as_os_str()), Some(LOCK.as_ref()), "{removed:?}");
+        assert_eq!(removed.len(), 27);
+        assert!(!path.exists());
     }
 
     #[test]

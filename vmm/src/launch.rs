@@ -36,6 +36,9 @@ pub const PROGRAM_VARIABLE: &str = "MVM_VMM";
 const SECCOMP_VARIABLE: &str = "MVM_SECCOMP";
 /// Where distributions put programs that are not called by hand.
 const LIBEXEC: [&str; 3] = ["/usr/local/libexec/mvm", "/usr/libexec/mvm", "/usr/lib/mvm"];
+/// Begins the name of a directory that is about to be removed; what mkdtemp(3) makes up follows.
+const NOWHERE: &str = "mvm-root-";
+const MADE_UP: &str = "XXXXXX";
 /// Longest event line that is read.
 const MAX_EVENT_BYTES: u64 = 64 * 1024;
 
@@ -118,7 +121,8 @@ impl Launch {
         let (reader, writer) = io::pipe().map_err(|source| Error::System("make a pipe", source))?;
         self.config.status = Some(self.files.add(writer));
         if Uid::effective().is_root() {
-            let nowhere = nowhere().map_err(|source| Error::System("make an empty directory", source))?;
+            let nowhere = nowhere(&std::env::temp_dir())
+                .map_err(|source| Error::System("make an empty directory", source))?;
             self.config.root = Some(self.files.add(nowhere));
         }
         let config = config_file(&self.config)?;
@@ -214,12 +218,37 @@ pub fn find_program() -> Result<PathBuf> {
         .ok_or(Error::NotFound)
 }
 
+/// Removes empty directories that processes left which were killed while they started a machine.
+pub fn sweep() {
+    sweep_in(&std::env::temp_dir());
+}
+
+fn sweep_in(place: &Path) {
+    for entry in place.read_dir().into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let length = NOWHERE.len().saturating_add(MADE_UP.len());
+        if name.as_bytes().starts_with(NOWHERE.as_bytes()) && name.len() == length {
+            // One in which something is stays.
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+}
+
 /// A directory that was removed: nothing is in it, and nothing can be made in it.
-fn nowhere() -> io::Result<OwnedFd> {
-    let path = mkdtemp(&std::env::temp_dir().join("mvm-root-XXXXXX"))?;
-    let opened = open(&path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-    std::fs::remove_dir(&path)?;
-    Ok(opened?)
+fn nowhere(place: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    loop {
+        let path = mkdtemp(&place.join(format!("{NOWHERE}{MADE_UP}")))?;
+        let opened = match open(&path, flags, Mode::empty()) {
+            // It was swept before it was opened.
+            Err(nix::Error::ENOENT) => continue,
+            opened => opened,
+        };
+        match std::fs::remove_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(opened?),
+        }
+    }
 }
 
 fn config_file(config: &MachineConfig) -> Result<OwnedFd> {
@@ -281,4 +310,41 @@ fn spawn(program: &Path, config: &OwnedFd, files: &Files, stderr: Option<&OwnedF
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| Error::System("name the machine's program", error.into()))?;
     posix_spawn(program, &actions, &attributes, &arguments, &[] as &[&CStr]).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn what_was_left_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["mvm-root-abcdef", "mvm-root-fuller/x", "mvm-root-of-another", "other"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        sweep_in(dir.path());
+        let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["mvm-root-fuller", "mvm-root-of-another", "other"]);
+    }
+
+    #[test]
+    fn whoever_sweeps_is_in_nobody_s_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    sweep_in(dir.path());
+                }
+            });
+            let made: Vec<_> = (0..500).map(|_| nowhere(dir.path()).map(drop)).collect();
+            done.store(true, Ordering::Relaxed);
+            assert!(made.iter().all(Result::is_ok), "{made:?}");
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

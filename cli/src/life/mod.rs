@@ -115,6 +115,7 @@ fn gc(home: &Home, format: Format) -> Result<u8, Failure> {
     if nix::unistd::geteuid().is_root() {
         // Bridges and rules are the host's, not a home's: what no machine's lease calls for any more goes.
         sweep()?;
+        mvm_vmm::launch::sweep();
     }
     if format == Format::Json {
         print(&json(&cleaned)?)?;

@@ -5,6 +5,7 @@
 #   make check    formatting and lints alone
 #   make conformance  what VIRTIO asks of devices, row by row, and whether they do it
 #   make fuzz     every fuzz target for SECONDS=20    (TARGETS='block layer …' some of them)
+#   make crash-matrix  each process killed at each change it makes to the host, and each change failing
 #   make containerd containerd's suites whole: every generation that Debian has, runc besides mvm
 #   make transcript  from a machine with containerd to pods in machines, step by step
 #   make bench    the figures, as ratios in one run       (ONLY=id,… runs some of them)
@@ -18,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel build install uninstall manual deb demo check test unit conformance fuzz e2e containerd containerd-quick transcript bench lab clean
+.PHONY: help setup kernel build install uninstall manual deb demo check test unit conformance fuzz e2e crash-matrix containerd containerd-quick transcript bench lab clean
 
 TARGET := target/x86_64-unknown-linux-gnu
 DIST := target/dist
@@ -100,7 +101,13 @@ fuzz: setup
 # A stock Debian kernel is one of the guests; it is downloaded and unpacked, not installed.
 e2e: build
 	debian=$$(kernel-config/fetch-debian-kernel.sh) && MVM_TEST_DEBIAN_KERNEL=$$debian/bzImage $(CARGO) test -p mvm-integration --lib --bins \
-	    --test e2e --test hosts --test kernel_config --test lab --test native --test structure
+	    --test crash --test e2e --test hosts --test kernel_config --test lab --test native --test structure
+
+# Machines are stand-ins, so it needs no KVM that runs Linux; `make e2e` begins with a sample. The last line has the sums.
+crash-matrix: build
+	$(CARGO) build -q -p mvm-integration --bin crash_matrix --bin fake_machine
+	@$(CARGO) run -q -p mvm-integration --bin crash_matrix -- --faults
+	@$(CARGO) run -q -p mvm-integration --bin crash_matrix
 
 # containerd is downloaded and unpacked, not installed. Within `make test` ours alone runs, on the newest generation
 # and on the oldest, which runs only what differs between them.

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod containerd;
+pub mod crash;
 pub mod lab;
 pub mod programs;
 pub mod vm;

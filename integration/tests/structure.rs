@@ -1,4 +1,4 @@
-//! Holds ARCHITECTURE.md to the tree: dependency direction, the list of unsafe files, named paths, file sizes.
+//! Holds the documents to the tree: dependency direction, the list of unsafe files, named paths and tests, file sizes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -122,4 +122,21 @@ fn every_source_file_opens_with_a_sentence() {
     for path in files(".rs") {
         assert!(read(&path).starts_with("//! "), "{path} does not say what it is in its first line");
     }
+}
+
+/// What holds a promise is told by the name of a test or of a fuzz target, which are functions and texts in the source.
+#[test]
+fn every_test_that_holds_a_promise_exists() {
+    let source: String = files(".rs").iter().map(|path| read(path)).collect();
+    let text = read("SECURITY.md");
+    let (_, promises) = text.split_once("## Promise by promise").expect("the section");
+    let promises = promises.split("\n## ").next().expect("it has an end");
+    let is_name =
+        |word: &&str| word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    let names: Vec<&str> = promises.split('`').skip(1).step_by(2).filter(is_name).collect();
+    assert!(names.len() > 70, "{names:?}");
+    let exists =
+        |name: &str| source.contains(&format!("fn {name}(")) || source.contains(&format!("\"{name}\""));
+    let missing: Vec<_> = names.into_iter().filter(|name| !exists(name)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }

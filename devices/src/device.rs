@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 pub use vmm_sys_util::epoll::EventSet;
 
+use crate::chain::Chain;
 use crate::config_space::ConfigSpace;
 use crate::counter::Counter;
 use crate::error::Error;
 use crate::interrupt::Interrupt;
 use crate::memory::Memory;
 use crate::ring::{Notify, Ring, Served};
+use crate::throttle::Meters;
 use crate::virtio::DeviceState;
 
 /// Who a device is, to the driver and to people.
@@ -96,6 +98,9 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: forget everything it said. Watched files are unwatched already.
     fn stop(&mut self) {}
 
+    /// Where what the device carries is charged from now on. One that carries nothing worth it need not care.
+    fn charge_at(&mut self, _meters: Meters) {}
+
     /// What a restored device needs beyond its configuration. Rings are saved by the transport.
     fn state(&self) -> DeviceState;
 
@@ -171,14 +176,28 @@ impl Io<'_> {
         &mut self,
         index: u16,
         notify: Notify,
-        device: impl FnMut(&crate::chain::Chain) -> Result<u32, Error>,
+        device: impl FnMut(&Chain) -> Result<u32, Error>,
     ) -> Result<(), Error> {
+        self.serve_until_held(index, notify, device).map(drop)
+    }
+
+    /// As [`Io::serve`], for a device that may hold a chain: then it has to come back by itself.
+    ///
+    /// # Errors
+    /// As [`Ring::serve`].
+    pub fn serve_until_held(
+        &mut self,
+        index: u16,
+        notify: Notify,
+        device: impl FnMut(&Chain) -> Result<u32, Error>,
+    ) -> Result<Served, Error> {
         let interrupt = self.interrupt;
-        let Some(ring) = self.ring(index) else { return Ok(()) };
-        if ring.serve(interrupt, notify, device)? == Served::More {
+        let Some(ring) = self.ring(index) else { return Ok(Served::All) };
+        let served = ring.serve(interrupt, notify, device)?;
+        if served == Served::More {
             self.serve_again(index);
         }
-        Ok(())
+        Ok(served)
     }
 
     /// Has [`VirtioDevice::on_queue`] called for `index` again after other devices had a turn.

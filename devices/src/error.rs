@@ -25,6 +25,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// This request has to wait for its turn. Its chain is put back, and the device goes on when it likes.
+    #[error("has to wait")]
+    Held,
 }
 
 impl Error {

@@ -40,6 +40,7 @@ pub mod ring;
 pub mod serial;
 pub mod sys;
 pub mod task;
+pub mod throttle;
 pub mod transport;
 pub mod virtio;
 

@@ -23,7 +23,7 @@ use crate::interrupt::Interrupt;
 use crate::memory::{Address, Bytes, GuestAddress, Memory};
 use registers::rings_overlap;
 
-pub use registers::{RingCounters, RingOptions, RingState};
+pub use registers::{RingCounters, RingOptions, RingState, crosses_event};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver asks not to be notified (a hint, without `EVENT_IDX`).
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -53,6 +53,8 @@ pub enum Served {
     All,
     /// A full queue's worth was handled, or time is up: come back after the other devices had a turn.
     More,
+    /// The device held a chain ([`Error::Held`]), which is the next one again. The driver does not kick for it.
+    Held,
 }
 
 /// A live queue: validated, placed in guest memory, in use by one device on one thread.
@@ -268,8 +270,8 @@ impl Ring {
 
     /// Hands every posted chain to `device`, gives each back with the length it returns, and notifies.
     ///
-    /// [`Error::Chain`] from `device` refuses that one chain; any other error ends the turn and is
-    /// returned, with its chain given back.
+    /// [`Error::Chain`] from `device` refuses that one chain, [`Error::Held`] puts it back and ends the turn; any
+    /// other error ends the turn and is returned, with its chain given back.
     ///
     /// # Errors
     /// [`Error::Ring`] for a broken ring, or what `device` returned.
@@ -291,6 +293,11 @@ impl Ring {
                 return Ok(Served::All);
             };
             let answer = device(&chain);
+            if let Err(Error::Held) = answer {
+                self.undo(chain)?;
+                self.notify(interrupt)?;
+                return Ok(Served::Held);
+            }
             let written = match &answer {
                 Ok(written) => *written,
                 Err(Error::Chain(error)) => {
@@ -388,9 +395,4 @@ impl Ring {
     fn broken(&self, cause: RingError) -> Error {
         Error::Ring { ring: self.options.index, cause }
     }
-}
-
-/// Whether moving the used index from `old` to `new` passes the entry the driver waits for (§2.7.7.2).
-pub fn crosses_event(event: Wrapping<u16>, new: Wrapping<u16>, old: Wrapping<u16>) -> bool {
-    new - event - Wrapping(1) < new - old
 }

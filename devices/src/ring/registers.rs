@@ -1,5 +1,6 @@
 //! What a ring is made from: the registers the driver programmed, and what it agreed to.
 
+use std::num::Wrapping;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -68,4 +69,9 @@ pub(super) fn rings_overlap(state: &RingState) -> bool {
     let used = area(state.used, 8, 6);
     let overlap = |a: (u64, u64), b: (u64, u64)| a.0 < b.1 && b.0 < a.1;
     overlap(table, available) || overlap(table, used) || overlap(available, used)
+}
+
+/// Whether moving the used index from `old` to `new` passes the entry the driver waits for (§2.7.7.2).
+pub fn crosses_event(event: Wrapping<u16>, new: Wrapping<u16>, old: Wrapping<u16>) -> bool {
+    new - event - Wrapping(1) < new - old
 }

@@ -4,8 +4,10 @@
 //! the data in the host's page cache that is one system call, and faster than any queue to a kernel. A
 //! disk may also be slow, so each has an I/O loop of its own.
 
+mod counters;
 mod disk;
 mod request;
+mod space;
 #[cfg(test)]
 mod tests;
 
@@ -17,13 +19,16 @@ use virtio_bindings::virtio_blk as abi;
 use crate::chain::{Chain, Cursor};
 use crate::config_space::ConfigSpace;
 use crate::counter::Counter;
-use crate::device::{Io, Kind, VirtioDevice};
+use crate::device::{EventSet, Io, Kind, VirtioDevice};
 use crate::error::{ChainError, Error};
 use crate::fd::{FdSlot, FdSource};
-use crate::ring::Notify;
+use crate::ring::{Notify, Served};
+use crate::throttle::{Meters, Throttle, What};
 use crate::virtio::{BuildError, DeviceState, Spec};
+use counters::Counters;
 use disk::{Disk, RawDisk};
 use request::{Header, Operation, SECTOR, Segments, Status, extent};
+use space::config_bytes;
 
 /// Entries of each queue: the segments below, a header and a status.
 const QUEUE_SIZE: u16 = 512;
@@ -116,18 +121,6 @@ impl Config {
     }
 }
 
-/// Counts of one disk.
-#[derive(Debug)]
-struct Counters {
-    reads: Arc<Counter>,
-    read_bytes: Arc<Counter>,
-    writes: Arc<Counter>,
-    written_bytes: Arc<Counter>,
-    flushes: Arc<Counter>,
-    discards: Arc<Counter>,
-    errors: Arc<Counter>,
-}
-
 struct Block<D> {
     disk: D,
     read_only: bool,
@@ -144,6 +137,7 @@ struct Block<D> {
     lost_writes: bool,
     /// The driver knows another capacity and has to be told.
     resized: bool,
+    throttle: Throttle,
 }
 
 impl<D: Disk> Block<D> {
@@ -160,29 +154,27 @@ impl<D: Disk> Block<D> {
             queues: config.queues,
             capacity,
             config: ConfigSpace::new(config_bytes(sectors(capacity), config.queues), 0..0),
-            counters: Counters {
-                reads: Counter::new("reads"),
-                read_bytes: Counter::new("read_bytes"),
-                writes: Counter::new("writes"),
-                written_bytes: Counter::new("written_bytes"),
-                flushes: Counter::new("flushes"),
-                discards: Counter::new("discards"),
-                errors: Counter::new("errors"),
-            },
+            counters: Counters::default(),
             features: 0,
             lost_writes: false,
             resized: false,
+            throttle: Throttle::default(),
         }
     }
 
-    /// Carries out the request in `chain`. The status is written last, whatever happened before it.
+    /// Carries out the request in `chain`, or holds it. The status is written last, whatever happened before it.
     fn execute(&mut self, chain: &Chain) -> Result<u32, Error> {
         let mut input = chain.reader();
         let mut output = chain.writer();
         // The last writable byte is the status; a request without one cannot even be failed.
         let room = output.remaining().checked_sub(1).ok_or(ChainError::Short)?;
         let mut data = output.split_to(room)?;
-        let status = self.run(&mut input, &mut data).err().unwrap_or(Status::Ok);
+        let header = Header::read(&mut input);
+        if header.is_ok_and(|header| !self.throttle.admits(header.operation.what())) {
+            return Err(Error::Held);
+        }
+        let status = header.and_then(|header| self.run(header, &mut input, &mut data));
+        let status = status.err().unwrap_or(Status::Ok);
         if status != Status::Ok {
             self.counters.errors.one();
         }
@@ -192,13 +184,17 @@ impl<D: Disk> Block<D> {
         Ok(data.passed().saturating_add(whole))
     }
 
-    fn run(&mut self, input: &mut Cursor<'_>, output: &mut Cursor<'_>) -> Result<(), Status> {
-        let Header { operation, sector } = Header::read(input)?;
+    fn run(
+        &mut self,
+        Header { operation, sector }: Header,
+        input: &mut Cursor<'_>,
+        output: &mut Cursor<'_>,
+    ) -> Result<(), Status> {
         match operation {
             Operation::Read => self.read(sector, input, output),
             Operation::Write => self.write(sector, input, output),
             Operation::Flush => self.flush(),
-            Operation::Identify => output.write(&self.serial).map_err(|_| Status::IoError),
+            Operation::Identify => self.identify(output),
             Operation::Discard | Operation::WriteZeroes => self.clear(operation, input),
         }
     }
@@ -206,6 +202,7 @@ impl<D: Disk> Block<D> {
     fn read(&mut self, sector: u64, input: &Cursor<'_>, output: &mut Cursor<'_>) -> Result<(), Status> {
         let bytes = self.extent(sector, output.remaining(), input.remaining())?;
         let len = output.remaining();
+        self.throttle.charge(What::DiskRead, len.into());
         let done = self.disk.read(output, bytes);
         report("read", bytes, done)?;
         self.counters.reads.one();
@@ -219,6 +216,7 @@ impl<D: Disk> Block<D> {
         }
         let len = input.remaining();
         let bytes = self.extent(sector, len, output.remaining())?;
+        self.throttle.charge(What::DiskWrite, len.into());
         let done = self.disk.write(input, bytes);
         report("write", bytes, done)?;
         self.counters.writes.one();
@@ -234,7 +232,13 @@ impl<D: Disk> Block<D> {
         extent(sector, len.into(), self.capacity).map(|range| range.start).ok_or(Status::IoError)
     }
 
+    fn identify(&mut self, output: &mut Cursor<'_>) -> Result<(), Status> {
+        self.throttle.charge(What::DiskRead, 0);
+        output.write(&self.serial).map_err(|_| Status::IoError)
+    }
+
     fn flush(&mut self) -> Result<(), Status> {
+        self.throttle.charge(What::DiskWrite, 0);
         self.counters.flushes.one();
         if self.read_only || self.cache == Cache::Unsafe {
             return Ok(());
@@ -250,7 +254,11 @@ impl<D: Disk> Block<D> {
         if self.read_only || !self.accepted(feature) {
             return Err(Status::Unsupported);
         }
-        for segment in Segments::read(input, operation, self.capacity)?.iter() {
+        let segments = Segments::read(input, operation, self.capacity)?;
+        // A file system may leave us to write zeroes; what is discarded is not written.
+        let written = if operation == Operation::WriteZeroes { segments.bytes() } else { 0 };
+        self.throttle.charge(What::DiskWrite, written);
+        for segment in segments.iter() {
             let done = match operation {
                 Operation::Discard => self.disk.discard(&segment.bytes),
                 _ => self.disk.zero(&segment.bytes, segment.unmap),
@@ -314,8 +322,9 @@ impl<D: Disk> VirtioDevice for Block<D> {
     }
 
     fn counters(&self) -> Vec<Arc<Counter>> {
-        let Counters { reads, read_bytes, writes, written_bytes, flushes, discards, errors } = &self.counters;
-        [reads, read_bytes, writes, written_bytes, flushes, discards, errors].map(Arc::clone).into()
+        let mut counters = self.counters.all();
+        counters.push(Arc::clone(&self.throttle.held));
+        counters
     }
 
     fn wants_own_loop(&self) -> bool {
@@ -325,6 +334,7 @@ impl<D: Disk> VirtioDevice for Block<D> {
 
     fn start(&mut self, features: u64, io: &mut Io<'_>) -> Result<(), Error> {
         self.features = features;
+        self.throttle.begin();
         if std::mem::take(&mut self.resized) {
             io.interrupt().config_changed();
         }
@@ -334,7 +344,17 @@ impl<D: Disk> VirtioDevice for Block<D> {
     fn on_queue(&mut self, index: u16, io: &mut Io<'_>) -> Result<(), Error> {
         // Each: the guest works on one answer while the next request is carried out. A guest that is still
         // busy has moved its event index away, and is not interrupted again.
-        io.serve(index, Notify::Each, |chain| self.execute(chain))
+        let served = io.serve_until_held(index, Notify::Each, |chain| self.execute(chain))?;
+        if served == Served::Held { self.throttle.look_again(0, io) } else { Ok(()) }
+    }
+
+    fn on_event(&mut self, _token: u32, _events: EventSet, io: &mut Io<'_>) -> Result<(), Error> {
+        self.throttle.rang();
+        (0..self.queues).try_for_each(|index| self.on_queue(index, io))
+    }
+
+    fn charge_at(&mut self, meters: Meters) {
+        self.throttle.charge_at(meters);
     }
 
     fn stop(&mut self) {
@@ -375,26 +395,4 @@ fn report(what: &str, at: u64, done: std::io::Result<()>) -> Result<(), Status> 
         log::warn!("a disk failed to {what} at byte {at}: {error}");
         Status::IoError
     })
-}
-
-/// The configuration space (§5.2.4), up to `unused1`.
-fn config_bytes(sectors: u64, queues: u16) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(60);
-    bytes.extend(sectors.to_le_bytes());
-    bytes.extend(SIZE_MAX.to_le_bytes());
-    bytes.extend(SEG_MAX.to_le_bytes());
-    bytes.extend([0; 4]); // geometry, not offered
-    bytes.extend(512u32.to_le_bytes()); // blk_size
-    bytes.extend([3, 0]); // physical blocks of 2^3 logical ones, the first one aligned
-    bytes.extend(8u16.to_le_bytes()); // min_io_size, in logical blocks
-    bytes.extend(0u32.to_le_bytes()); // opt_io_size
-    bytes.extend([0, 0]); // writeback, not offered; unused0
-    bytes.extend(queues.to_le_bytes());
-    bytes.extend(request::MAX_DISCARD_SECTORS.to_le_bytes());
-    bytes.extend(request::MAX_DISCARD_SEGMENTS.to_le_bytes());
-    bytes.extend(8u32.to_le_bytes()); // discard_sector_alignment
-    bytes.extend(request::MAX_ZEROES_SECTORS.to_le_bytes());
-    bytes.extend(request::MAX_ZEROES_SEGMENTS.to_le_bytes());
-    bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap, unused1
-    bytes
 }

@@ -26,7 +26,8 @@ use crate::counter::Counter;
 use crate::device::{EventSet, Io, Kind, VirtioDevice};
 use crate::error::Error;
 use crate::fd::{FdSlot, FdSource};
-use crate::ring::Notify;
+use crate::ring::{Notify, Served};
+use crate::throttle::{Meters, Throttle, What};
 use crate::virtio::{BuildError, DeviceState, Spec};
 use header::{Agreed, bit};
 use receive::{Receiver, Turn};
@@ -38,6 +39,9 @@ const TRANSMIT: u16 = 1;
 const QUEUES: [u16; 2] = [256, 256];
 /// Least MTU a driver may be told (§5.1.4.1): what IPv4 asks of every link.
 const MIN_MTU: u16 = 68;
+/// What the loop says of the tap, and of the time being up that frames are held for.
+const FRAMES: u32 = 0;
+const TIME: u32 = 1;
 /// Offset of `status` in the configuration space, and its one bit in use.
 const STATUS: usize = 6;
 const LINK_UP: u8 = 1;
@@ -98,6 +102,8 @@ enum Link {
     Watched,
     /// Frames wait in the tap until the driver posts buffers.
     Starved,
+    /// Frames wait in the tap until a meter lets them pass.
+    Held,
     /// The tap was deleted. That is for good.
     Gone,
 }
@@ -114,6 +120,7 @@ struct Net<T> {
     changed: bool,
     receiver: Receiver,
     transmitter: Transmitter,
+    throttle: Throttle,
 }
 
 impl<T: Tap> Net<T> {
@@ -129,6 +136,7 @@ impl<T: Tap> Net<T> {
             changed: false,
             receiver: Receiver::new(config.mtu),
             transmitter: Transmitter::new(config.mac.filter(|_| config.only_own_mac)),
+            throttle: Throttle::default(),
         }
     }
 
@@ -136,34 +144,59 @@ impl<T: Tap> Net<T> {
         let Some((ring, interrupt)) = io.ring_and_interrupt(RECEIVE) else {
             return self.starve(io);
         };
-        match self.receiver.turn(ring, interrupt, self.tap.as_fd())? {
+        match self.receiver.turn(ring, interrupt, self.tap.as_fd(), &mut self.throttle)? {
             // The tap stays ready, so the loop comes back; a kept frame makes no file ready.
             Turn::Budget if self.receiver.is_waiting() => io.serve_again(RECEIVE),
             Turn::Budget | Turn::Drained => {}
             Turn::Starved => self.starve(io)?,
+            Turn::Held => {
+                self.look_away(Link::Held, io)?;
+                self.throttle.look_again(TIME, io)?;
+            }
             Turn::Gone => self.lose(io)?,
         }
         Ok(())
     }
 
-    /// Looks away from the tap, which would wake the loop for as long as there are no buffers.
+    fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), Error> {
+        let Self { transmitter, throttle, tap, .. } = self;
+        let served = io.serve_until_held(TRANSMIT, Notify::Batch, |chain| {
+            if !throttle.admits(What::NetSend) {
+                return Err(Error::Held);
+            }
+            transmitter.send(chain, tap.as_fd(), throttle)
+        })?;
+        if served == Served::Held { self.throttle.look_again(TIME, io) } else { Ok(()) }
+    }
+
+    /// There are no buffers for frames.
     fn starve(&mut self, io: &mut Io<'_>) -> Result<(), Error> {
+        self.look_away(Link::Starved, io)
+    }
+
+    /// Looks away from the tap, which would wake the loop for as long as frames wait.
+    fn look_away(&mut self, until: Link, io: &mut Io<'_>) -> Result<(), Error> {
         if self.link == Link::Watched {
-            self.link = Link::Starved;
+            self.link = until;
             io.unwatch(self.tap.as_fd().as_raw_fd())?;
         }
         Ok(())
     }
 
+    /// What frames in the tap waited for may be there.
+    fn look_back(&mut self, io: &mut Io<'_>) -> Result<(), Error> {
+        self.link = Link::Watched;
+        io.watch(self.tap.as_fd().as_raw_fd(), FRAMES, EventSet::IN)?;
+        if let Some(ring) = io.ring(RECEIVE) {
+            ring.disable_kicks()?;
+        }
+        self.receive(io)
+    }
+
     /// The driver posted buffers.
     fn resume(&mut self, io: &mut Io<'_>) -> Result<(), Error> {
         if self.link == Link::Starved {
-            self.link = Link::Watched;
-            io.watch(self.tap.as_fd().as_raw_fd(), 0, EventSet::IN)?;
-            if let Some(ring) = io.ring(RECEIVE) {
-                ring.disable_kicks()?;
-            }
-            return self.receive(io);
+            return self.look_back(io);
         }
         if self.link == Link::Watched && self.receiver.is_waiting() {
             return self.receive(io);
@@ -241,6 +274,7 @@ impl<T: Tap> VirtioDevice for Net<T> {
             &tx.dropped,
             &tx.malformed,
             &tx.spoofed,
+            &self.throttle.held,
         ]
         .map(Arc::clone)
         .into()
@@ -250,6 +284,7 @@ impl<T: Tap> VirtioDevice for Net<T> {
         let agreed = Agreed::from_features(features);
         self.receiver.agreed = agreed;
         self.transmitter.agreed = agreed;
+        self.throttle.begin();
         if std::mem::take(&mut self.changed) {
             io.interrupt().config_changed();
         }
@@ -261,23 +296,31 @@ impl<T: Tap> VirtioDevice for Net<T> {
             ring.disable_kicks()?;
         }
         self.link = Link::Watched;
-        io.watch(self.tap.as_fd().as_raw_fd(), 0, EventSet::IN)
+        io.watch(self.tap.as_fd().as_raw_fd(), FRAMES, EventSet::IN)
     }
 
     fn on_queue(&mut self, index: u16, io: &mut Io<'_>) -> Result<(), Error> {
         match index {
             RECEIVE => self.resume(io),
-            TRANSMIT => {
-                let (transmitter, tap) = (&mut self.transmitter, &self.tap);
-                io.serve(TRANSMIT, Notify::Batch, |chain| transmitter.send(chain, tap.as_fd()))
-            }
+            TRANSMIT => self.transmit(io),
             _ => Ok(()),
         }
     }
 
-    fn on_event(&mut self, _token: u32, _events: EventSet, io: &mut Io<'_>) -> Result<(), Error> {
-        // An error or hang-up shows in the next read.
-        self.receive(io)
+    fn on_event(&mut self, token: u32, _events: EventSet, io: &mut Io<'_>) -> Result<(), Error> {
+        if token != TIME {
+            // An error or hang-up shows in the next read.
+            return self.receive(io);
+        }
+        self.throttle.rang();
+        if self.link == Link::Held {
+            self.look_back(io)?;
+        }
+        self.transmit(io)
+    }
+
+    fn charge_at(&mut self, meters: Meters) {
+        self.throttle.charge_at(meters);
     }
 
     fn stop(&mut self) {

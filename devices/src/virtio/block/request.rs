@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::chain::Cursor;
+use crate::throttle::What;
 
 /// Bytes of a sector: the unit of the interface, whatever the disk's block size (§5.2.4).
 pub(crate) const SECTOR: u64 = 512;
@@ -43,6 +44,16 @@ pub(crate) enum Operation {
     Identify,
     Discard,
     WriteZeroes,
+}
+
+impl Operation {
+    /// As what it is metered.
+    pub(crate) fn what(self) -> What {
+        match self {
+            Self::Read | Self::Identify => What::DiskRead,
+            Self::Write | Self::Flush | Self::Discard | Self::WriteZeroes => What::DiskWrite,
+        }
+    }
 }
 
 /// A request's header, copied out of guest memory.
@@ -124,6 +135,12 @@ impl Segments {
             *place = Segment { bytes, unmap: flags & UNMAP != 0 };
         }
         Ok(segments)
+    }
+
+    /// Bytes of all segments.
+    pub(crate) fn bytes(&self) -> u64 {
+        let lens = self.iter().map(|segment| segment.bytes.end.saturating_sub(segment.bytes.start));
+        lens.fold(0, u64::saturating_add)
     }
 
     /// The segments in the driver's order.

@@ -4,6 +4,7 @@ mod build;
 mod conformance;
 mod faults;
 mod hostile;
+mod limits;
 mod model;
 
 use std::collections::HashMap;

@@ -16,6 +16,7 @@ use crate::error::{ChainError, Error};
 use crate::interrupt::Interrupt;
 use crate::ring::Ring;
 use crate::sys;
+use crate::throttle::{Throttle, What};
 
 /// Most frames of a turn.
 const FRAMES: usize = 64;
@@ -53,6 +54,8 @@ pub(super) enum Turn {
     Budget,
     /// The driver has to post buffers first, and will kick when it does.
     Starved,
+    /// A meter has to let the next frame pass first.
+    Held,
     /// The tap is gone.
     Gone,
 }
@@ -120,24 +123,36 @@ impl Receiver {
         ring: &mut Ring,
         interrupt: &dyn Interrupt,
         tap: BorrowedFd<'_>,
+        throttle: &mut Throttle,
     ) -> Result<Turn, Error> {
         self.takes = u32::from(ring.state().size).saturating_mul(RINGS);
-        let turn = self.frames(ring, tap)?;
+        let turn = self.frames(ring, tap, throttle)?;
         self.give_back(ring)?;
         ring.notify(interrupt)?;
         Ok(turn)
     }
 
-    fn frames(&mut self, ring: &mut Ring, tap: BorrowedFd<'_>) -> Result<Turn, Error> {
+    fn frames(
+        &mut self,
+        ring: &mut Ring,
+        tap: BorrowedFd<'_>,
+        throttle: &mut Throttle,
+    ) -> Result<Turn, Error> {
         for _ in 0..FRAMES {
             let frame = match self.waiting.take() {
                 Some(frame) => frame,
                 None => {
+                    if !throttle.admits(What::NetReceive) {
+                        return Ok(Turn::Held);
+                    }
                     if let Some(turn) = self.prepare(ring)? {
                         return Ok(turn);
                     }
                     match self.read(tap) {
-                        Ok(Some(frame)) => frame,
+                        Ok(Some(frame)) => {
+                            throttle.charge(What::NetReceive, frame.len.into());
+                            frame
+                        }
                         Ok(None) => continue,
                         Err(turn) => return Ok(turn),
                     }

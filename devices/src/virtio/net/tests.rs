@@ -3,6 +3,7 @@
 mod conformance;
 mod hostile;
 mod kernel;
+mod limits;
 mod model;
 mod receive;
 

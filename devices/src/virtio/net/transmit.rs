@@ -9,6 +9,7 @@ use crate::chain::{Chain, Cursor};
 use crate::counter::Counter;
 use crate::error::{ChainError, Error};
 use crate::sys;
+use crate::throttle::{Throttle, What};
 
 /// What happened to the driver's frames.
 #[derive(Debug)]
@@ -53,7 +54,12 @@ impl Transmitter {
     }
 
     /// Sends the frame in `chain` or drops it; either way the chain is done with.
-    pub(super) fn send(&mut self, chain: &Chain, tap: BorrowedFd<'_>) -> Result<u32, Error> {
+    pub(super) fn send(
+        &mut self,
+        chain: &Chain,
+        tap: BorrowedFd<'_>,
+        throttle: &Throttle,
+    ) -> Result<u32, Error> {
         if chain.writer().remaining() != 0 {
             return Err(ChainError::Malformed("frame to send with writable bytes").into());
         }
@@ -77,6 +83,7 @@ impl Transmitter {
             self.counters.spoofed.one();
             return Ok(0);
         }
+        throttle.charge(What::NetSend, len.into());
         match self.write(header, link, &rest, tap) {
             Ok(()) => {
                 self.counters.frames.one();

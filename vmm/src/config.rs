@@ -84,6 +84,10 @@ pub struct MachineConfig {
     /// Directory that becomes the process's root, and with it a user of its own: [`crate::launch`] sets both if it may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<FdSlot>,
+    /// File of the [`mvm_devices::throttle::Meters`] that its disks and cards are charged at. Whoever has it too sets
+    /// their rates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meters: Option<FdSlot>,
 }
 
 impl MachineConfig {
@@ -101,6 +105,7 @@ impl MachineConfig {
             status: None,
             control: None,
             root: None,
+            meters: None,
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mvm_devices::fd::FdSource;
 use mvm_devices::io_loop::{IoLoop, LoopHandle};
+use mvm_devices::throttle::Meters;
 use mvm_devices::transport::{Parts, VirtioPci};
 use mvm_devices::virtio::{DeviceSpec, Spec};
 
@@ -25,6 +26,8 @@ pub(crate) struct Attacher {
     /// Serves every device that is quick, and starts the loops that others have of their own: the main thread would have
     /// to be allowed what they are.
     shared: Option<IoLoop>,
+    /// What disks and cards are charged at.
+    meters: Meters,
 }
 
 /// The loop that an [`Attacher`] needs. Better early: the thread gets its filter while the main thread makes a machine.
@@ -34,8 +37,8 @@ pub(crate) fn shared_loop() -> Result<IoLoop> {
 
 impl Attacher {
     /// Attaches to `vm`.
-    pub(crate) fn new(vm: Arc<Vm>, shared: Option<IoLoop>) -> Self {
-        Self { vm, shared }
+    pub(crate) fn new(vm: Arc<Vm>, shared: Option<IoLoop>, meters: Meters) -> Self {
+        Self { vm, shared, meters }
     }
 
     /// The shared loop. To be called once before the main thread is confined, which may not be what it is.
@@ -59,7 +62,8 @@ impl Attacher {
 
     /// Builds the device that `spec` describes.
     pub(crate) fn build(&mut self, spec: &DeviceSpec, files: &mut dyn FdSource) -> Result<Plugged> {
-        let device = spec.build(files).map_err(|source| Error::Device(Box::new(source)))?;
+        let mut device = spec.build(files).map_err(|source| Error::Device(Box::new(source)))?;
+        device.charge_at(self.meters.clone());
         let shared = self.shared()?;
         let (io_loop, handle) = if device.wants_own_loop() {
             let own = shared.spawn(&format!("io-{}", device.kind().name));

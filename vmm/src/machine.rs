@@ -8,6 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use mvm_devices::io_loop::IoLoop;
 use mvm_devices::memory::Memory;
 use mvm_devices::pci::host_bridge::HostBridge;
+use mvm_devices::throttle::Meters;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::boot::{self, Entry, Images, Placed, Platform};
@@ -116,7 +117,7 @@ impl Machine {
 
         let pci = PciBus::new(Arc::clone(vm.fd()) as Arc<dyn Doorbells>, ecam);
         pci.add_bridge(HostBridge::new())?;
-        let mut attacher = Attacher::new(Arc::clone(&vm), io_loop);
+        let mut attacher = Attacher::new(Arc::clone(&vm), io_loop, meters(config, slots)?);
         for (index, spec) in config.devices.iter().enumerate() {
             let spec = &placed(spec, config);
             let function = saved.and_then(|saved| saved.functions.get(index));
@@ -184,6 +185,12 @@ impl Machine {
     pub(crate) fn save_vcpu(&self) -> Result<SaveVcpu> {
         Ok(SaveVcpu::new(Arc::clone(self.vm.fd()), self.vm.registers()?, self.vm.extended_state()))
     }
+}
+
+/// What its disks and cards are charged at.
+fn meters(config: &MachineConfig, slots: &mut Slots) -> Result<Meters> {
+    let file = slots.take_optional(config.meters, "its meters")?;
+    file.map_or_else(|| Ok(Meters::default()), Meters::open).map_err(Error::system("map its meters"))
 }
 
 /// `spec` with what the machine decides about it: where memory lies that can be plugged, if there is room for it.

@@ -145,7 +145,7 @@ pub(super) const CALLS: &[Row] = table! {
     SYS_clock_nanosleep MAIN Any, "tries again whether a device is free";
     SYS_sched_yield ALL Any, "std's channels, where two threads meet in one";
     SYS_restart_syscall ALL Any, "goes on with a wait after the process was stopped and continued";
-    SYS_timerfd_create MAIN Any, "a balloon or a vsock is attached";
+    SYS_timerfd_create STARTERS Any, "a balloon or a vsock is attached; a disk or a card is held by its limits";
     SYS_timerfd_settime IO Any, "deadlines";
     SYS_eventfd2 STARTERS Any, "a device is attached, and a loop for it";
     SYS_epoll_create1 WAITERS Any, "a loop; whether an input can be waited for";

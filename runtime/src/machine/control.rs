@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mvm_devices::fd::FdSlot;
+use mvm_devices::throttle::{Limit, Meters};
 use mvm_devices::virtio::{DeviceSpec, mem, net};
 use mvm_vmm::config::MachineId;
 use mvm_vmm::control::{Answer, Attached, Client, DeviceName, Memory, Request, Snapshot as Saved};
@@ -28,13 +29,15 @@ pub struct Control {
     id: MachineId,
     /// `None` once an answer was lost: what comes next would be taken for it.
     client: Arc<Mutex<Option<Client>>>,
+    /// What its disks and cards are charged at.
+    meters: Meters,
 }
 
 impl Control {
-    pub(super) fn new(id: MachineId, stream: UnixStream) -> io::Result<Self> {
+    pub(super) fn new(id: MachineId, stream: UnixStream, meters: Meters) -> io::Result<Self> {
         stream.set_read_timeout(Some(ANSWER_TIME))?;
         stream.set_write_timeout(Some(ANSWER_TIME))?;
-        Ok(Self { id, client: Arc::new(Mutex::new(Some(Client::new(stream)))) })
+        Ok(Self { id, client: Arc::new(Mutex::new(Some(Client::new(stream)))), meters })
     }
 
     pub(super) fn id(&self) -> &MachineId {
@@ -84,6 +87,18 @@ impl Control {
             Err(error) => Err(error),
         };
         answer.context(|| format!("cannot change the memory of machine {}", self.id))
+    }
+
+    /// Limits how fast it may use its disks or its network, from now on.
+    ///
+    /// # Errors
+    /// It was made without meters.
+    pub fn limit(&self, limit: &Limit) -> Result<(), Failure> {
+        if !self.meters.exist() {
+            return Err(Failure::new(format!("machine {} cannot be limited: it has no meters", self.id)));
+        }
+        self.meters.set(limit);
+        Ok(())
     }
 
     /// Detaches the disk of this serial number and closes its file. The guest must have removed it.
@@ -250,7 +265,7 @@ pub(crate) mod tests {
             });
             asked.collect()
         });
-        (Control::new("m".parse().unwrap(), near).unwrap(), host)
+        (Control::new("m".parse().unwrap(), near, Meters::default()).unwrap(), host)
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use mvm_devices::throttle::Limit;
 use mvm_devices::virtio::DeviceSpec;
 use mvm_vmm::config::{MachineId, MemSize, VcpuCount};
 
@@ -45,6 +46,8 @@ pub struct Plan {
     pub plugged: bool,
     /// Directory for the machine's sockets.
     pub sockets: Option<PathBuf>,
+    /// How fast it may use its disks and its network; `None` if it is never to be limited.
+    pub limits: Option<Vec<Limit>>,
 }
 
 /// What a machine starts from.
@@ -103,6 +106,7 @@ impl Plan {
             devices: Vec::new(),
             plugged: false,
             sockets: None,
+            limits: None,
         }
     }
 }

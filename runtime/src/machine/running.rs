@@ -340,6 +340,7 @@ pub(crate) mod tests {
     use std::path::Path;
 
     use mvm_devices::fd::FdSlot;
+    use mvm_devices::throttle::Meters;
     use mvm_vmm::config::{Boot, MachineConfig, Start};
     use mvm_vmm::launch::{Files, Launch};
 
@@ -356,7 +357,7 @@ pub(crate) mod tests {
         }
         let launch = Launch { config, files: passed, stderr: None };
         let (near, _) = UnixStream::pair().unwrap();
-        let control = Control::new(id, near).unwrap();
+        let control = Control::new(id, near, Meters::default()).unwrap();
         Machine::new(launch.spawn_program(Path::new(program)).unwrap(), 0, None, None, control)
     }
 

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use mvm_devices::fd::FdSlot;
+use mvm_devices::throttle::{Limit, Meters};
 use mvm_devices::virtio::vsock::dialer::DialServer;
 use mvm_devices::virtio::{DeviceSpec, console, mem, vsock};
 use mvm_vmm::config::{Boot, FIRST_SLOT, MachineConfig, Restore, Serial, Start, Userfault};
@@ -70,7 +71,7 @@ impl Prepared {
 pub fn prepare(plan: &Plan) -> Result<Prepared, Failure> {
     let (config, opening) = fill(plan, Opening { files: Some(Files::default()), ..Default::default() })?;
     let control = opening.control.ok_or_else(|| Failure::new("the machine has no control connection"))?;
-    let control = Control::new(plan.id.clone(), control)
+    let control = Control::new(plan.id.clone(), control, opening.meters)
         .context(|| "cannot set time-outs on the control connection".to_owned())?;
     Ok(Prepared {
         config,
@@ -106,6 +107,7 @@ fn fill(plan: &Plan, mut opening: Opening) -> Result<(MachineConfig, Opening), F
     let plugs = |size_mib| DeviceSpec::Mem(mem::Config { size_mib, address: 0 });
     opening.devices.extend(plan.plugs_mib.map(plugs));
     let control = opening.control(plan.sockets.as_deref())?;
+    let meters = plan.limits.as_deref().map(|limits| opening.meters(limits)).transpose()?;
     if let (Start::Boot(boot), Origin::Kernel(kernel)) = (&mut start, &plan.origin) {
         let cmdline = format!("{terminal}{}", kernel.cmdline).trim_end().to_owned();
         boot.cmdline = cmdline.try_into().context(|| "cannot use the kernel command line".to_owned())?;
@@ -117,6 +119,7 @@ fn fill(plan: &Plan, mut opening: Opening) -> Result<(MachineConfig, Opening), F
         devices: std::mem::take(&mut opening.devices),
         serial: opening.serial.take(),
         control: Some(control),
+        meters,
         ..MachineConfig::new(plan.id.clone(), kvm, start)
     };
     Ok((config, opening))
@@ -134,6 +137,7 @@ struct Opening {
     serial: Option<Serial>,
     calls: Option<Calls>,
     control: Option<UnixStream>,
+    meters: Meters,
 }
 
 impl Opening {
@@ -256,6 +260,20 @@ impl Opening {
             Ok(OwnedFd::from(listener))
         })?;
         self.control = near;
+        Ok(slot)
+    }
+
+    /// What the machine's disks and cards are charged at, with these limits.
+    fn meters(&mut self, limits: &[Limit]) -> Result<FdSlot, Failure> {
+        let mut made = Meters::default();
+        let slot = self.add(|| {
+            let (meters, file) =
+                Meters::create().context(|| "cannot make meters of a machine's traffic".to_owned())?;
+            limits.iter().for_each(|limit| meters.set(limit));
+            made = meters;
+            Ok(file)
+        })?;
+        self.meters = made;
         Ok(slot)
     }
 

@@ -113,6 +113,7 @@ fn serve(owner: &Owner, mut wire: Wire, execs: &Arc<AtomicUsize>) -> io::Result<
             let target = if everyone { SignalTarget::Everyone } else { SignalTarget::Process };
             done(run.sandbox.signal(run.process, signal, target))
         }),
+        Request::Limit(limits) => owner.run().and_then(|run| done(run.sandbox.limit(&limits))),
         Request::Stats => owner.run().and_then(|run| run.sandbox.stats(&run.container).map(Reply::Stats)),
         Request::Put(put) => owner
             .run()

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use mvm_devices::sys::receive_with_files;
+use mvm_devices::throttle::Limit;
 use mvm_protocol::{Decoder, Get, Got, Put, RootStats, WindowSize, encode};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::de::DeserializeOwned;
@@ -40,6 +41,8 @@ pub enum Request {
     Pause,
     /// Let them go on.
     Resume,
+    /// Limit how fast its machine may use disks and network, until it ends.
+    Limit(Vec<Limit>),
     /// Its use of resources. Answered with [`Reply::Stats`].
     Stats,
     /// Put files into it.

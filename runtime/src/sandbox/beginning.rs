@@ -125,7 +125,8 @@ impl Wanted<'_> {
 
     fn run(&self, plan: Plan, patience: Duration) -> Result<Begun, Failure> {
         let pluggable_mib = self.sandbox.pluggable_mib();
-        let plan = Plan { netns: self.sandbox.netns(), pluggable_mib, ..plan };
+        let limits = Some(self.sandbox.settings.limits.clone());
+        let plan = Plan { netns: self.sandbox.netns(), pluggable_mib, limits, ..plan };
         let (machine, agent) = self.sandbox.run(&plan, self.ledger, patience)?;
         let slots = plan.slots.iter().map(SavedSlot::of).collect();
         let layout = Layout { plugged: false, slots, devices: plan.devices };

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::Instant;
 
+use mvm_devices::throttle::Limit;
 use mvm_protocol::{ExitStatus, FailureKind, Get, Got, Place, Put, RootStats, SignalTarget, WindowSize};
 use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 
@@ -172,6 +173,11 @@ impl Sandbox for MachineSandbox {
         }
         self.shrink(&mut growth, &live);
         updated
+    }
+
+    fn limit(&self, limits: &[Limit]) -> Result<(), Failure> {
+        let live = self.stages.running()?;
+        limits.iter().try_for_each(|limit| live.control().limit(limit))
     }
 
     fn put(&self, mut put: Put) -> Result<(), Failure> {

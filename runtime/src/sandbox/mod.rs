@@ -32,6 +32,7 @@ pub use launcher::MachineLauncher;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mvm_devices::throttle::Limit;
 use mvm_protocol::{ExitStatus, Get, Got, Put, RootStats, SignalTarget, WindowSize};
 use mvm_vmm::config::MachineId;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
@@ -224,6 +225,15 @@ pub trait Sandbox: Send + Sync {
     /// # Errors
     /// A limit the guest cannot hold, one above what the machine can become, or the agent does not answer.
     fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), Failure>;
+
+    /// Limits how fast the machine may use its disks and its network, from now on until it ends.
+    ///
+    /// # Errors
+    /// The machine does not run.
+    fn limit(&self, limits: &[Limit]) -> Result<(), Failure> {
+        let _ = limits;
+        Err(Failure::new("cannot limit what is in no machine"))
+    }
 
     /// Puts files into the guest.
     ///

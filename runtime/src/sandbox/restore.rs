@@ -70,6 +70,7 @@ pub(super) fn restore(
         netns: sandbox.netns(),
         devices: going.machine.devices.clone(),
         plugged: going.machine.plugged,
+        limits: Some(sandbox.settings.limits.clone()),
         ..Plan::new(sandbox.id.clone(), Origin::Saved(going.snapshot.clone()))
     };
     let (mut machine, agent) = sandbox.run(&plan, &ledger, AGENT_TIME)?;

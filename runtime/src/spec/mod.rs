@@ -25,7 +25,7 @@ pub use refused::{Refused, Result};
 pub use resources::limits;
 pub use seccomp::{Profile, profile};
 pub use settings::{
-    ALLOWED, Host, MEMORY, PREFIX, Settings, Size, TEMPLATE, UPPER_SIZE, VCPUS, memory_for, size,
+    ALLOWED, Host, LIMITS, MEMORY, PREFIX, Settings, Size, TEMPLATE, UPPER_SIZE, VCPUS, memory_for, size,
 };
 
 use std::path::Path;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use mvm_devices::throttle::{Limit, NotALimit};
 use mvm_vmm::config::{MemSize, VcpuCount};
 use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 
@@ -19,8 +20,10 @@ pub const VCPUS: &str = "io.mvm.vcpus";
 pub const UPPER_SIZE: &str = "io.mvm.upper_size";
 /// Whether the machine is made of a template: `auto`, `never`, `always`.
 pub const TEMPLATE: &str = "io.mvm.template";
+/// How fast the machine may use its disks and its network: `disk-read=10M:40M,net-send=500ops`.
+pub const LIMITS: &str = "io.mvm.limits";
 /// The annotations that may be used unless a configuration says otherwise: all there are.
-pub const ALLOWED: [&str; 4] = [MEMORY, VCPUS, UPPER_SIZE, TEMPLATE];
+pub const ALLOWED: [&str; 5] = [MEMORY, VCPUS, UPPER_SIZE, TEMPLATE, LIMITS];
 
 /// What the guest's kernel, the agent and page tables take beside what a limit lets a container use, in MiB: a fixed
 /// part, and one part of so many of the limit.
@@ -30,7 +33,7 @@ const OVERHEAD_SHARE: u64 = 32;
 const DEFAULT_MIB: u64 = 128;
 
 /// What annotations say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// [`MEMORY`].
     pub memory: Option<MemSize>,
@@ -40,6 +43,8 @@ pub struct Settings {
     pub upper_bytes: Option<u64>,
     /// [`TEMPLATE`].
     pub template: Option<Choice>,
+    /// [`LIMITS`].
+    pub limits: Vec<Limit>,
 }
 
 impl Settings {
@@ -73,6 +78,11 @@ impl Settings {
                 TEMPLATE => {
                     settings.template =
                         Some(value.parse().map_err(|_| not("choice of auto, never and always"))?);
+                }
+                LIMITS => {
+                    let limits =
+                        value.split(',').map(str::parse).collect::<std::result::Result<_, NotALimit>>();
+                    settings.limits = limits.map_err(|error| refuse(error.to_string()))?;
                 }
                 _ => return Err(refuse("nothing is known by this name".to_owned())),
             }
@@ -221,15 +231,23 @@ mod tests {
             Settings::of(Some(&annotations), &[MEMORY]).unwrap_err().field,
             "annotations.io.mvm.upper_size"
         );
+        let annotations = HashMap::from([(LIMITS.to_owned(), "disk-read=1M,net-send=5ops".to_owned())]);
+        let limits = Settings::of(Some(&annotations), &ALLOWED).unwrap().limits;
+        assert_eq!(limits, ["disk-read=1M", "net-send=5ops"].map(|limit| limit.parse().unwrap()));
         let annotations = HashMap::from([(TEMPLATE.to_owned(), "never".to_owned())]);
         assert_eq!(Settings::of(Some(&annotations), &ALLOWED).unwrap().template, Some(Choice::Never));
     }
 
     #[test]
     fn annotations_that_say_nothing_sensible_are_refused_by_name() {
-        for (name, value) in
-            [(MEMORY, "lots"), (VCPUS, "0"), (VCPUS, "33"), (TEMPLATE, "yes"), ("io.mvm.kernel", "/x")]
-        {
+        for (name, value) in [
+            (MEMORY, "lots"),
+            (VCPUS, "0"),
+            (VCPUS, "33"),
+            (TEMPLATE, "yes"),
+            (LIMITS, "disk=1M"),
+            ("io.mvm.kernel", "/x"),
+        ] {
             let annotations = HashMap::from([(name.to_owned(), value.to_owned())]);
             let refused = Settings::of(Some(&annotations), &ALLOWED).unwrap_err();
             assert_eq!(refused.field, format!("annotations.{name}"));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mvm_devices::throttle::Limit;
 use mvm_devices::virtio::{DeviceSpec, NAMES};
 use mvm_runtime::container::{CapName, Volume};
 use mvm_runtime::machine::{ConsoleKind, Disk, Net};
@@ -116,6 +117,9 @@ pub(crate) struct Boot {
     /// Any other device: its name, or its configuration as JSON; may be repeated
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub(crate) device: Vec<DeviceSpec>,
+    /// How fast it may use disks and network, as of `mvm run`; may be repeated
+    #[arg(long, value_name = "LIMIT", value_delimiter = ',')]
+    pub(crate) limit: Vec<Limit>,
     #[command(flatten)]
     pub(crate) shape: Shape,
     /// Kernel command line; what the console needs is added
@@ -219,6 +223,10 @@ pub(crate) struct Run {
     /// How the guest's TCP behaves: default, or wan for long or lossy ways (BBR, fast open, large buffers)
     #[arg(long, value_name = "PROFILE", value_parser = TcpProfile::from_str, default_value = "default")]
     pub(crate) tcp_profile: TcpProfile,
+    /// How fast its machine may use disks and network: disk-read, disk-write, net-send or net-receive, with bytes per
+    /// second or operations, and what may come at once: disk-read=10M:40M, net-send=500ops; may be repeated
+    #[arg(long, value_name = "LIMIT", value_delimiter = ',')]
+    pub(crate) limit: Vec<Limit>,
     #[command(flatten)]
     pub(crate) shape: Shape,
     /// Whether its machine goes on from a template: auto (from one that is there; else it boots and one is made

@@ -75,6 +75,7 @@ fn plan(options: Boot) -> Result<Plan, Failure> {
         vsock: options.sockets.is_some(),
         devices: options.device,
         sockets: options.sockets,
+        limits: (!options.limit.is_empty()).then_some(options.limit),
         ..Plan::new(id, Origin::Kernel(kernel))
     })
 }

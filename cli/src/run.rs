@@ -162,6 +162,10 @@ fn annotations(options: &Run) -> HashMap<String, String> {
     if let Some(choice) = options.template {
         annotations.insert("io.mvm.template".to_owned(), choice.to_string());
     }
+    if !options.limit.is_empty() {
+        let limits: Vec<_> = options.limit.iter().map(ToString::to_string).collect();
+        annotations.insert("io.mvm.limits".to_owned(), limits.join(","));
+    }
     annotations
 }
 

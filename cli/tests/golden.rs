@@ -48,6 +48,7 @@ fn help_is_as_written() {
     golden("help-snapshot", &["snapshot", "--help"]);
     golden("help-snapshot-create", &["snapshot", "create", "--help"]);
     golden("help-snapshot-rm", &["snapshot", "rm", "--help"]);
+    golden("help-update", &["update", "--help"]);
     golden("help-template", &["template", "--help"]);
     golden("help-template-create", &["template", "create", "--help"]);
     golden("help-template-prune", &["template", "prune", "--help"]);
@@ -66,6 +67,7 @@ fn bad_usage_exits_with_2_and_says_what_would_do() {
     golden("bad-template", &["run", "--template", "sometimes", "image"]);
     golden("bad-snapshot-name", &["snapshot", "create", "web", "--name", "../x"]);
     golden("bad-snapshot-base", &["snapshot", "create", "web", "--base", "../x"]);
+    golden("bad-limit", &["run", "--limit", "disk=1M", "image"]);
     golden("bad-name", &["run", "--name", "../x", "image"]);
 }
 

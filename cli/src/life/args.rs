@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use mvm_devices::throttle::Limit;
 use nix::sys::signal::Signal;
 
 use crate::words::{Format, size};
@@ -33,6 +34,8 @@ pub(crate) enum Life {
     Pause(Names),
     /// Let the processes of containers go on
     Unpause(Names),
+    /// Change how fast the machines of containers may use disks and network
+    Update(Update),
     /// Clean up after containers whose owner died, and nothing else
     Gc(Gc),
 }
@@ -42,6 +45,16 @@ pub(crate) struct Names {
     /// Names, ids, or the beginnings of ids
     #[arg(required = true, value_name = "CONTAINER")]
     pub(crate) names: Vec<String>,
+}
+
+/// Changes limits of running containers, until they end or are started again.
+#[derive(Debug, Args)]
+pub(crate) struct Update {
+    #[command(flatten)]
+    pub(crate) names: Names,
+    /// A limit as of `mvm run`, or none for no limit: disk-read=10M:40M, net-send=none; may be repeated
+    #[arg(long, required = true, value_name = "LIMIT", value_delimiter = ',')]
+    pub(crate) limit: Vec<Limit>,
 }
 
 #[derive(Debug, Args)]

@@ -43,6 +43,10 @@ pub(crate) fn life(command: Life) -> Result<u8, Failure> {
         }
         Life::Pause(names) => each(&home, &names, |seen| ask(seen, &Request::Pause)),
         Life::Unpause(names) => each(&home, &names, |seen| ask(seen, &Request::Resume)),
+        Life::Update(options) => {
+            let request = Request::Limit(options.limit);
+            each(&home, &options.names, |seen| ask(seen, &request))
+        }
         Life::Rm(options) => each(&home, &options.names, |seen| remove(&home, seen, options.force)),
         Life::Gc(options) => gc(&home, options.format),
     }

@@ -9,6 +9,7 @@ mod detached;
 mod errors;
 mod files;
 mod hotplug;
+mod limits;
 mod memory;
 mod network;
 mod networks;
@@ -58,6 +59,7 @@ fn run() -> ExitCode {
         detached::TESTS,
         errors::TESTS,
         files::TESTS,
+        limits::TESTS,
         hotplug::TESTS,
         memory::TESTS,
         network::TESTS,

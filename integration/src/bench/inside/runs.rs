@@ -136,7 +136,10 @@ impl Contestant {
         if output.status.success() && read.is_ok() {
             Ok(Run { first_byte, whole })
         } else {
-            Err(io::Error::other(format!("ctr {args:?}: {}", String::from_utf8_lossy(&output.stderr))))
+            let said = String::from_utf8_lossy(&output.stderr);
+            let why =
+                format!("{}, first byte after {first_byte:.1} of {whole:.1} ms: {read:?}", output.status);
+            Err(io::Error::other(format!("ctr {args:?}: {why}: {said}")))
         }
     }
 }

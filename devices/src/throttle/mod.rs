@@ -127,6 +127,21 @@ impl Meters {
         self.wait_at(what, now)
     }
 
+    /// From now on `what` waits until its limits are set anew: tests hold a device whatever time they take.
+    #[cfg(test)]
+    pub(crate) fn owe_for_ever(&self, what: What) {
+        for meter in [Unit::Bytes, Unit::Operations].into_iter().filter_map(|unit| self.meter(what, unit)) {
+            meter.paid.store(u64::MAX, Ordering::Release);
+        }
+    }
+
+    /// When the bytes and the operations of `what` that were charged are paid for; 0 if none were.
+    #[cfg(test)]
+    pub(crate) fn paid(&self, what: What) -> [u64; 2] {
+        [Unit::Bytes, Unit::Operations]
+            .map(|unit| self.meter(what, unit).map_or(0, |meter| meter.paid.load(Ordering::Acquire)))
+    }
+
     fn charge_at(&self, what: What, bytes: u64, now: impl Fn() -> u64) {
         for (unit, amount) in [(Unit::Bytes, bytes), (Unit::Operations, 1)] {
             if let Some(meter) = self.meter(what, unit) {

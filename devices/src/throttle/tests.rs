@@ -77,11 +77,8 @@ fn a_limit_that_is_set_anew_or_lifted_forgets_what_is_owed() {
     meters.charge(What::DiskRead, 1 << 30);
     assert!(meters.wait(What::DiskRead).is_some());
     meters.set(&limit("disk-read=128K"));
-    assert_eq!(
-        meters.wait(What::DiskRead).map(|wait| wait <= Duration::from_secs(1)),
-        Some(true),
-        "operations"
-    );
+    let one = Duration::from_secs(1);
+    assert!(meters.wait(What::DiskRead).is_none_or(|wait| wait <= one), "an operation is left");
     meters.set(&limit("disk-read=none"));
     assert_eq!(meters.wait(What::DiskRead), None);
     assert_eq!(meters.limits(), []);
@@ -93,7 +90,7 @@ fn another_process_has_the_same_meters_by_their_file() {
     let theirs = Meters::open(file).unwrap();
     ours.set(&limit("net-receive=1ops:1ops"));
     assert_eq!(theirs.limits(), [limit("net-receive=1ops:1ops")]);
-    theirs.charge(What::NetReceive, 0);
+    (0..1000).for_each(|_| theirs.charge(What::NetReceive, 0));
     assert!(ours.wait(What::NetReceive).is_some());
 }
 

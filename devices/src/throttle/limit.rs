@@ -95,7 +95,7 @@ pub enum NotALimit {
     )]
     Form(String),
     /// The number is not one that can be kept.
-    #[error("{0:?} is out of range: from {least} to 1T bytes, or from 1ops to 100000000ops", least = "64K")]
+    #[error("{0:?} is out of range: from 64K to 1T bytes, or from 1ops to 100000000ops")]
     Range(String),
 }
 

@@ -100,7 +100,8 @@ impl Meters {
     }
 
     /// The limits that are set.
-    pub fn limits(&self) -> Vec<Limit> {
+    #[cfg(test)]
+    fn limits(&self) -> Vec<Limit> {
         let mut limits = Vec::new();
         for what in What::ALL {
             for (unit, bound) in
